@@ -1,0 +1,289 @@
+"""Stage outputs on disk: a folder that is either complete and whole, or is not read.
+
+  pairs/
+    config.json               {"config": {...}, "inputs": {"embeddings": "<digest>"}}
+    00000-of-00016.jsonl      one record a line
+    manifest.json             {"shards": {name: {"bytes", "sha256", "records"}}, "summary": {...}}
+
+`config.json` is written first and `manifest.json` last; shards appear whole, by rename, in between.
+To resume is to write again with the same config: shards that are whole are skipped. Nothing in these
+files depends on time, host or order of work, so two runs of one config hold the same bytes.
+A shard is a file or a folder (a zarr array).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+_CONFIG = "config.json"
+_MANIFEST = "manifest.json"
+_JOURNAL = "shards.jsonl"
+
+
+class ArtifactError(RuntimeError):
+  """An artefact is missing, unfinished or damaged."""
+
+
+class ConfigMismatchError(ValueError):
+  """A folder holds the output of another config."""
+
+
+def shard_name(index: int, count: int, suffix: str = ".jsonl") -> str:
+  """`00003-of-00016.jsonl`."""
+  return f"{index:05d}-of-{count:05d}{suffix}"
+
+
+def digest(value: Any) -> str:
+  """SHA-256 of a JSON-able value, independent of the order of its keys."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+  """One line for each leaf in which two JSON-able values differ: `path: old -> new`."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+      where = f"{path}.{key}" if path else str(key)
+      if key not in old:
+        lines.append(f"{where}: (absent) -> {new[key]!r}")
+      elif key not in new:
+        lines.append(f"{where}: {old[key]!r} -> (absent)")
+      else:
+        lines += differences(old[key], new[key], where)
+    return lines
+  return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+  """Writes a file that is either whole or absent, also after a crash."""
+  with _replacing(pathlib.Path(path)) as temporary:
+    temporary.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def check_same_config(path: pathlib.Path, config: Any) -> None:
+  """Writes `config` to `path`, or compares it with what is there.
+
+  Raises:
+    ConfigMismatchError: the file holds another config; the message lists every difference.
+  """
+  config = json.loads(json.dumps(config))
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
+    return
+  lines = differences(json.loads(path.read_text()), config)
+  if lines:
+    raise ConfigMismatchError(
+      f"{path.parent} was made with another config; use another folder or delete this one.\n"
+      f"Differences (there -> now):\n  " + "\n  ".join(lines)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+  """A complete artefact: its manifest was read and every shard has the size the manifest says."""
+
+  folder: pathlib.Path
+  manifest: dict[str, Any]
+
+  @property
+  def summary(self) -> dict[str, Any]:
+    return self.manifest["summary"]
+
+  @property
+  def shards(self) -> dict[str, dict[str, Any]]:
+    return self.manifest["shards"]
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Identifies config, inputs and content; what the next stage records as its input."""
+    return digest([json.loads((self.folder / _CONFIG).read_text()), self.manifest])
+
+  def path(self, name: str) -> pathlib.Path:
+    """The path of a shard, after its bytes have been compared with the manifest."""
+    if name not in self.shards:
+      raise ArtifactError(f"{self.folder} has no shard {name!r}; it has {sorted(self.shards)}")
+    path = self.folder / name
+    if _sha256(path) != self.shards[name]["sha256"]:
+      raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}")
+    return path
+
+  def records(self) -> Iterator[dict[str, Any]]:
+    """Every record of every `.jsonl` shard, in the order of shard names.
+
+    Shards whose name starts with an underscore (records kept beside) are passed over.
+    """
+    for name in sorted(self.shards):
+      if name.endswith(".jsonl") and not name.startswith("_"):
+        yield from self.read_jsonl(name)
+
+  def read_jsonl(self, name: str) -> Iterator[dict[str, Any]]:
+    with self.path(name).open(encoding="utf-8") as file:
+      for line in file:
+        yield json.loads(line)
+
+
+def open_artifact(folder: str | os.PathLike) -> Artifact:
+  """Opens a complete artefact.
+
+  Raises:
+    ArtifactError: it is missing, unfinished, or a shard is not as long as the manifest says.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / _MANIFEST).exists():
+    state = "unfinished" if (folder / _CONFIG).exists() else "missing"
+    raise ArtifactError(f"artefact {folder} is {state}: run the stage that writes it")
+  artifact = Artifact(folder, json.loads((folder / _MANIFEST).read_text()))
+  for name, entry in artifact.shards.items():
+    size = _num_bytes(folder / name)
+    if size != entry["bytes"]:
+      raise ArtifactError(f"{folder / name} is damaged: {size} bytes, {entry['bytes']} expected")
+  return artifact
+
+
+class Writer:
+  """Writes one artefact; see the module's docstring for what ends up on disk."""
+
+  def __init__(self, folder: str | os.PathLike, *, config: Any, inputs: dict[str, str]):
+    """Opens `folder` for writing.
+
+    Args:
+      config: JSON-able; all that determines the content beside the inputs.
+      inputs: name -> `Artifact.digest` of what the content is made from.
+
+    Raises:
+      ConfigMismatchError: the folder was begun with another config or other inputs.
+    """
+    self.folder = pathlib.Path(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    check_same_config(self.folder / _CONFIG, {"config": config, "inputs": inputs})
+    self._journal = _read_journal(self.folder / _JOURNAL)
+
+  def repair(self) -> list[str]:
+    """Makes a damaged artefact unfinished again, keeping its whole shards; names the damaged ones."""
+    manifest_path = self.folder / _MANIFEST
+    if not manifest_path.exists():
+      return []
+    shards = json.loads(manifest_path.read_text())["shards"]
+    damaged = [name for name, entry in shards.items() if not self._is_whole(name, entry)]
+    if damaged:
+      self._journal = {name: entry for name, entry in shards.items() if name not in damaged}
+      lines = [json.dumps({"name": n, **e}) + "\n" for n, e in self._journal.items()]
+      write_atomic(self.folder / _JOURNAL, "".join(lines).encode())
+      manifest_path.unlink()
+    return damaged
+
+  def has(self, name: str) -> bool:
+    """Whether the shard was written before, and is still the bytes that were written."""
+    return name in self._journal and self._is_whole(name, self._journal[name])
+
+  def write_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+    """Writes one shard of JSON lines, or nothing if it is already whole."""
+    if self.has(name):
+      return
+    with self.shard(name) as (path, counts), path.open("w", encoding="utf-8") as file:
+      for record in records:
+        file.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
+        counts["records"] += 1
+
+  def write_json(self, name: str, value: Any) -> None:
+    if not self.has(name):
+      with self.shard(name) as (path, counts):
+        write_json(path, value)
+        counts["records"] = 1
+
+  @contextlib.contextmanager
+  def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
+    """Gives a temporary path to write to, and counts to fill in; the shard appears on leaving.
+
+    Raises:
+      OSError: with the shard's name, where the disk is full; the shard does not appear, and the
+        same run goes on from there once there is room.
+    """
+    counts = {"records": 0}
+    try:
+      with _replacing(self.folder / name) as temporary:
+        yield temporary, counts
+        entry = {"bytes": _num_bytes(temporary), "sha256": _sha256(temporary), **counts}
+      with (self.folder / _JOURNAL).open("a") as journal:
+        journal.write(json.dumps({"name": name, **entry}) + "\n")
+    except OSError as error:
+      raise OSError(
+        error.errno,
+        f"could not write shard {name} of {self.folder} ({error.strerror}); shards before it are "
+        f"kept: make room and run the same command again",
+      ) from error
+    self._journal[name] = entry
+
+  def finish(self, summary: dict[str, Any] | None = None) -> Artifact:
+    """Writes the manifest, with which the artefact is complete."""
+    shards = {name: self._journal[name] for name in sorted(self._journal)}
+    write_json(self.folder / _MANIFEST, {"shards": shards, "summary": summary or {}})
+    (self.folder / _JOURNAL).unlink(missing_ok=True)
+    return open_artifact(self.folder)
+
+  def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
+    path = self.folder / name
+    return _num_bytes(path) == entry["bytes"] and _sha256(path) == entry["sha256"]
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  temporary = path.with_name(f".{path.name}.tmp")
+  _remove(temporary)
+  try:
+    yield temporary
+    for file in _files(temporary):
+      with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    if path.is_dir():
+      _remove(path)
+    temporary.replace(path)
+  finally:
+    _remove(temporary)
+
+
+def _remove(path: pathlib.Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def _num_bytes(path: pathlib.Path) -> int:
+  return sum(file.stat().st_size for file in _files(path)) if path.exists() else 0
+
+
+def _read_journal(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  entries = {}
+  if path.exists():
+    for line in path.read_text().splitlines(keepends=True):
+      if not line.endswith("\n"):
+        break  # torn by a crash: that shard is written again
+      entry = json.loads(line)
+      entries[entry.pop("name")] = entry
+    whole = "".join(json.dumps({"name": n, **e}) + "\n" for n, e in entries.items())
+    write_atomic(path, whole.encode())
+  return entries
+
+
+def _sha256(path: pathlib.Path) -> str:
+  if path.is_dir():
+    return digest({str(file.relative_to(path)): _sha256(file) for file in _files(path)})
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
