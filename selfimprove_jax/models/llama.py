@@ -1,0 +1,296 @@
+"""One decoder family: Llama 3 with per-head QK-norm, as a pure `init` and `apply`.
+
+Axis letters, for the whole package: B batch, T query position, S key position, D model,
+F feed-forward, N query heads, K kv heads, G = N / K, H head width, V vocabulary, L layers.
+
+The model knows nothing of training, meshes or files. Parameters and activations carry logical axis
+names; `partitioning.py` says what they mean on a mesh.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from selfimprove_jax.models.attention import IMPLEMENTATIONS, attend
+
+_POLICIES = jax.checkpoint_policies
+REMAT_POLICIES = {
+  "none": None,
+  "full": _POLICIES.nothing_saveable,
+  "dots": _POLICIES.dots_with_no_batch_dims_saveable,
+  "qkv_context": _POLICIES.save_only_these_names("qkv", "context"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """The shape and numerics of a model.
+
+  Attributes:
+    qk_norm: RMSNorm on each head's query and key before RoPE (Qwen3's form).
+    dropout_rate: on the embeddings and on both residual branches, in training only.
+    dtype: of activations; parameters are float32.
+    remat: a name in `REMAT_POLICIES`: what the backward pass recomputes.
+    attention: a name in `attention.IMPLEMENTATIONS`.
+    scan_unroll: layers a step of the scan; more is a little faster on CPU and slower to compile.
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  mlp_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  qk_norm: bool = True
+  tie_embeddings: bool = True
+  rope_theta: float = 500_000.0
+  norm_eps: float = 1e-6
+  dropout_rate: float = 0.0
+  dtype: str = "bfloat16"
+  remat: str = "none"
+  attention: str = "xla"
+  scan_unroll: int = 1
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+        f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+      )
+    if self.head_dim % 2:
+      raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
+    if self.remat not in REMAT_POLICIES:
+      raise ValueError(f"remat={self.remat!r} is unknown; choose one of {list(REMAT_POLICIES)}")
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(f"attention={self.attention!r} is unknown; choose one of {IMPLEMENTATIONS}")
+
+  @property
+  def num_parameters(self) -> int:
+    attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+    norms = 2 * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
+    layer = attention + 3 * self.embed_dim * self.mlp_dim + norms
+    embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
+    return self.num_layers * layer + embeddings + self.embed_dim
+
+  def forward_flops_per_token(self, seq_len: int) -> float:
+    """Multiply-adds counted twice; causal attention counted half; the embedding lookup is free."""
+    lookup = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
+    attention = 2 * self.num_layers * self.num_heads * self.head_dim * seq_len
+    return 2 * (self.num_parameters - lookup) + attention
+
+  def train_flops_per_token(self, seq_len: int) -> float:
+    """Three forward passes; what remat computes again is not counted."""
+    return 3 * self.forward_flops_per_token(seq_len)
+
+
+@flax.struct.dataclass
+class Cache:
+  """Keys and values of every position seen so far; an argument and a result of the model."""
+
+  k_LBSKH: Float[Array, "L B S K H"]
+  v_LBSKH: Float[Array, "L B S K H"]
+
+
+def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
+  shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+  return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
+
+
+def rope(
+  x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float
+) -> Float[Array, "B T N H"]:
+  """Rotary position embedding in float32, Hugging Face's convention (first half with second)."""
+  H = x_BTNH.shape[-1]
+  frequencies_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
+  sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
+  x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTNH.dtype)
+
+
+class RMSNorm(nn.Module):
+  """In float32; the weight multiplies after the cast back, as in Hugging Face's Llama."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+    scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
+    x32 = x.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+    scale_D = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return x32.astype(x.dtype) * scale_D
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with QK-norm and RoPE; writes to the cache before it reads it."""
+
+  c: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x_BTD, positions_BT, segments_BT, cache, layer):
+    c = self.c
+    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    weight = functools.partial(_weight, self, c)
+    q_BTNH = _project(x_BTD, weight("wq_DNH", (D, N, H), D))
+    k_BTKH = _project(x_BTD, weight("wk_DKH", (D, K, H), D))
+    v_BTKH = _project(x_BTD, weight("wv_DKH", (D, K, H), D))
+    if c.qk_norm:
+      q_BTNH = RMSNorm(c.norm_eps, name="q_norm")(q_BTNH)
+      k_BTKH = RMSNorm(c.norm_eps, name="k_norm")(k_BTKH)
+    q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta), "qkv")
+    k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta), "qkv")
+    v_BTKH = checkpoint_name(v_BTKH, "qkv")
+    if cache is None:
+      k_BSKH, v_BSKH, key_positions_BS = k_BTKH, v_BTKH, positions_BT
+    else:
+      rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+      cache = Cache(
+        cache.k_LBSKH.at[layer, rows_B1, positions_BT].set(k_BTKH),
+        cache.v_LBSKH.at[layer, rows_B1, positions_BT].set(v_BTKH),
+      )
+      k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
+      B, S = k_BSKH.shape[:2]
+      key_positions_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
+    context_BTNH = attend(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      query_positions_BT=positions_BT,
+      key_positions_BS=key_positions_BS,
+      query_segments_BT=segments_BT,
+      key_segments_BS=segments_BT,
+      implementation=c.attention,
+    )
+    context_BTNH = checkpoint_name(context_BTNH, "context")
+    wo_NHD = weight("wo_NHD", (N, H, D), 2 * c.num_layers * N * H)
+    return _project(context_BTNH, wo_NHD), cache
+
+
+class SwiGLU(nn.Module):
+  c: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x_BTD):
+    c = self.c
+    weight = functools.partial(_weight, self, c)
+    gate_BTF = _project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
+    up_BTF = _project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
+    w_down_FD = weight("w_down_FD", (c.mlp_dim, c.embed_dim), 2 * c.num_layers * c.mlp_dim)
+    return _project(jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+
+
+class Layer(nn.Module):
+  """Pre-norm attention and feed-forward, each on a residual branch."""
+
+  c: LlamaConfig
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, carry, positions_BT, segments_BT):
+    c = self.c
+    x_BTD, cache, layer = carry
+    dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
+    h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+    h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache, layer)
+    x_BTD += dropout(name="attention_dropout")(h_BTD)
+    h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+    x_BTD += dropout(name="mlp_dropout")(SwiGLU(c, name="mlp")(h_BTD))
+    x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+    return (x_BTD, cache, layer + 1), None
+
+
+class Llama(nn.Module):
+  """Tokens in, hidden states or logits out; the layers are scanned, their weights stacked on L."""
+
+  c: LlamaConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"] | None = None,
+    cache: Cache | None = None,
+    *,
+    deterministic: bool = True,
+    logits: bool = True,
+  ) -> tuple[Float[Array, "B T V"] | Float[Array, "B T D"], Cache | None]:
+    """Runs the decoder.
+
+    Args:
+      positions_BT: counted from the start of each document.
+      segments_BT: document of each token, 0 for padding; None if a row is one document.
+      cache: if given, keys and values are written at `positions_BT` and read from the cache.
+      deterministic: False turns dropout on, with the rng named "dropout".
+      logits: False gives the final hidden states (after the last norm) instead.
+
+    Returns:
+      float32 logits (or hidden states in `c.dtype`), and the new cache (None without one).
+    """
+    c = self.c
+    if cache is not None and segments_BT is not None:
+      raise ValueError("a cache holds one document a row: pass segments or a cache, not both")
+    embedding_VD = self.param(
+      "embedding_VD",
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
+      (c.vocab_size, c.embed_dim),
+      jnp.float32,
+    )
+    x_BTD = jnp.take(embedding_VD.astype(c.dtype), tokens_BT, axis=0)
+    x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
+    x_BTD = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x_BTD)
+    layer = Layer
+    if c.remat != "none":
+      layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
+    layers = nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+      unroll=c.scan_unroll,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(c, deterministic, name="layers")
+    (x_BTD, cache, _), _ = layers((x_BTD, cache, jnp.int32(0)), positions_BT, segments_BT)
+    x_BTD = RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
+    if c.tie_embeddings:
+      head_DV = embedding_VD.T
+    else:
+      head_DV = _weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
+    if not logits:
+      return x_BTD, cache
+    logits_BTV = _project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
+    return logits_BTV, cache
+
+
+def _project(x, weight, dtype=None):
+  """`x_BTi..` times `weight_i..o..`: the weight's leading axes are those of x after B and T.
+
+  As one matmul of two matrices: XLA's CPU backend takes twice as long over the weight's gradient
+  when B and T stay apart.
+  """
+  B, T, *contracted = x.shape
+  out = weight.shape[len(contracted) :]
+  i = math.prod(contracted)
+  y = jnp.dot(x.reshape(B * T, i), weight.reshape(i, -1), preferred_element_type=dtype)
+  return y.reshape(B, T, *out)
+
+
+_LOGICAL_AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": None, "F": "mlp", "V": "vocab"}
+
+
+def _weight(module, c, name, shape, fan_in=None):
+  """A float32 matrix whose logical axes are the letters of its name, in the compute dtype."""
+  axes = tuple(_LOGICAL_AXES[letter] for letter in name.rsplit("_", 1)[1])
+  std = (fan_in or shape[0]) ** -0.5
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+  return module.param(name, init, shape, jnp.float32).astype(c.dtype)

@@ -1,0 +1,205 @@
+import gzip
+import json
+import sys
+import types
+
+import pytest
+import zstandard
+
+from selfimprove_jax.data import corpora
+
+
+def _lines(*records):
+  return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def test_the_docstrings_of_a_package_have_names_without_paths():
+  documents = list(corpora.read_corpus("docstrings", packages=["numpy"], min_chars=400))
+  by_id = {document.id: document for document in documents}
+  norm = by_id["numpy/linalg/_linalg.py:norm"]
+  assert norm.group == "numpy/linalg/_linalg.py"
+  assert norm.text.startswith("Matrix or vector norm.\n\n")
+  assert "\n    \n" not in norm.text  # cleaned of its indentation
+  assert len(by_id) == len(documents)
+  assert all(len(document.text) >= 400 for document in documents)
+  assert not any("/tests/" in document.id for document in documents)
+  groups = [document.group for document in documents]
+  assert groups == sorted(groups)
+
+
+def test_the_standard_library_is_a_package():
+  documents = corpora.docstrings(["stdlib"], min_chars=2000, max_chars=3000)
+  lengths = [len(document.text) for document in documents]
+  assert lengths
+  assert min(lengths) >= 2000 and max(lengths) <= 3000
+
+
+def test_docstrings_are_found_where_definitions_nest(tmp_path, monkeypatch):
+  package = tmp_path / "odd_package"
+  package.mkdir()
+  package.joinpath("__init__.py").write_bytes(b"def broken(:\n  '''never read'''\n")
+  package.joinpath("null.py").write_bytes(b"'''text'''\0")
+  package.joinpath("latin.py").write_bytes("# coding: latin-1\n'''Caf\xe9.'''\n".encode("latin-1"))
+  package.joinpath("module.py").write_text(
+    '''"""Module."""
+import nothing_that_exists
+try:
+  class A:
+    """A."""
+    @property
+    def x(self):
+      """Getter."""
+    @x.setter
+    def x(self, value):
+      """Setter."""
+except ImportError:
+  if True:
+    async def f():
+      """
+      Outer,
+
+        indented.
+      """
+      def g(): """Inner \\d."""
+s = """not documentation"""
+def surrogate(): """Half \\ud800."""
+'''
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  documents = list(corpora.docstrings(["odd_package"], min_chars=1))
+  assert [(document.id, document.text) for document in documents] == [
+    ("odd_package/latin.py:__doc__", "Café."),
+    ("odd_package/module.py:__doc__", "Module."),
+    ("odd_package/module.py:A", "A."),
+    ("odd_package/module.py:A.x", "Getter."),
+    ("odd_package/module.py:A.x@2", "Setter."),
+    ("odd_package/module.py:f", "Outer,\n\n  indented."),
+    ("odd_package/module.py:f.g", "Inner \\d."),
+  ]
+
+
+def test_a_missing_package_is_named():
+  with pytest.raises(corpora.CorpusError, match="'no_such_package' is not installed"):
+    list(corpora.docstrings(["no_such_package"]))
+
+
+def test_without_packages_all_that_is_installed_is_read():
+  packages = corpora._installed_packages()
+  assert {"stdlib", "numpy", "jax"} <= set(packages)
+  assert "selfimprove_jax" not in packages  # or the corpus would change with our own code
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_jsonl_is_read_in_order_of_path_and_line(tmp_path, suffix):
+  compress = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+  second = compress(_lines({"id": 3, "text": "é", "book": "x"}).rstrip())
+  first = compress(_lines({"id": "a", "text": "one", "book": "x"})) + compress(
+    b"\n" + _lines({"id": "b", "text": "two\nlines", "book": "y"})
+  )
+  tmp_path.joinpath(f"2.jsonl{suffix}").write_bytes(second)
+  tmp_path.joinpath(f"1.jsonl{suffix}").write_bytes(first)
+  pattern = str(tmp_path / f"*.jsonl{suffix}")
+  assert list(corpora.read_corpus("jsonl", paths=pattern, group_field="book")) == [
+    corpora.Document("a", "x", "one"),
+    corpora.Document("b", "y", "two\nlines"),
+    corpora.Document("3", "x", "é"),
+  ]
+  by_line = list(corpora.jsonl(pattern, id_field=None))
+  assert [d.id for d in by_line] == [
+    f"{name}.jsonl{suffix}:{n}" for name, n in ((1, 1), (1, 3), (2, 1))
+  ]
+  assert [d.group for d in by_line] == [d.id for d in by_line]
+
+
+@pytest.mark.parametrize(
+  "line, fault",
+  [
+    (b'{"id": 1, "text": "cut off', "not JSON"),
+    (b'{"id": 1, "txt": "a"}', "no field 'text'; the record has"),
+    (b'{"text": "a"}', "no field 'id'"),
+    (b'{"id": 1, "text": null}', "NoneType, not text"),
+    (b'{"id": 1, "text": "caf\xe9"}', "not UTF-8 at byte 22 .0xe9"),
+    (b'{"id": 1, "text": "\\ud800"}', "half a surrogate pair"),
+    (b'["a"]', "the record has list"),
+  ],
+)
+def test_a_bad_line_is_named_by_file_and_number_and_can_be_skipped(tmp_path, line, fault):
+  path = tmp_path / "bad.jsonl"
+  path.write_bytes(_lines({"id": 7, "text": "a"}) + line + b"\n" + _lines({"id": 8, "text": "b"}))
+  where = rf"bad\.jsonl, line 2: .*{fault}"
+  with pytest.raises(corpora.CorpusError, match=where):
+    list(corpora.read_corpus("jsonl", paths=str(path)))
+  rejected = []
+  read = corpora.read_corpus("jsonl", paths=str(path), on_error="skip", on_rejected=rejected.append)
+  assert [document.id for document in read] == ["7", "8"]
+  assert len(rejected) == 1
+  with pytest.raises(corpora.CorpusError, match=where):
+    raise corpora.CorpusError(rejected[0])
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_cut_short_is_named(tmp_path, suffix):
+  data = _lines(*({"id": i, "text": "some text " * 20} for i in range(9000)))
+  whole = gzip.compress(data) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
+  tmp_path.joinpath(f"cut.jsonl{suffix}").write_bytes(whole[:-10])
+  with pytest.raises(corpora.CorpusError, match=rf"cut.jsonl{suffix}, .*cannot be decompressed"):
+    list(corpora.jsonl(str(tmp_path / f"cut.jsonl{suffix}"), id_field=None))
+
+
+def test_no_matching_file_is_an_error(tmp_path):
+  with pytest.raises(corpora.CorpusError, match="no file matches"):
+    list(corpora.jsonl(str(tmp_path / "*.jsonl")))
+  with pytest.raises(corpora.CorpusError, match="matches"):
+    list(corpora.text_folder(str(tmp_path)))
+
+
+def test_a_text_folder_groups_by_folder_and_names_what_is_not_utf8(tmp_path):
+  tmp_path.joinpath("b", "c").mkdir(parents=True)
+  tmp_path.joinpath("b", "c", "2.txt").write_text("two", encoding="utf-8")
+  tmp_path.joinpath("a.txt").write_text("one", encoding="utf-8")
+  tmp_path.joinpath("b", "bad.txt").write_bytes(b"abc\xff")
+  rejected = []
+  read = corpora.read_corpus(
+    "text_folder", folder=str(tmp_path), on_error="skip", on_rejected=rejected.append
+  )
+  assert list(read) == [
+    corpora.Document("a.txt", ".", "one"),
+    corpora.Document("b/c/2.txt", "b/c", "two"),
+  ]
+  assert len(rejected) == 1 and "bad.txt: not UTF-8 at byte 3" in rejected[0]
+  with pytest.raises(corpora.CorpusError, match="byte 3"):
+    list(corpora.text_folder(str(tmp_path)))
+
+
+def test_hugging_face_needs_its_package_and_streams_a_split(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", None)
+  with pytest.raises(corpora.CorpusError, match="hub"):
+    list(corpora.read_corpus("huggingface", name="a/b"))
+
+  def load_dataset(name, config_name, *, split, streaming):
+    assert (name, config_name, split, streaming) == ("a/b", "en", "dev", True)
+    return iter([{"body": "one"}, {"body": None}])
+
+  monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+  read = corpora.huggingface("a/b", split="dev", text_field="body", config_name="en")
+  assert next(read) == corpora.Document("a/b:dev:0", "a/b:dev:0", "one")
+  with pytest.raises(corpora.CorpusError, match="a/b, split dev, record 1"):
+    next(read)
+
+
+def test_wrong_options_are_refused():
+  with pytest.raises(ValueError, match=r"known are .*docstrings"):
+    corpora.read_corpus("docstring")
+  with pytest.raises(ValueError, match="on_rejected"):
+    corpora.read_corpus("jsonl", paths="x", on_error="skip")
+  with pytest.raises(ValueError, match="'raise' or 'skip'"):
+    corpora.read_corpus("jsonl", paths="x", on_error="ignore")
+  with pytest.raises(TypeError, match="text_feild"):
+    corpora.read_corpus("jsonl", paths="x", text_feild="text")
+
+
+def test_a_real_textbook_corpus_is_read(real_data):
+  path = str(real_data / "corpora" / "openstax.jsonl.gz")
+  documents = list(corpora.jsonl(path, group_field="book"))
+  assert len(documents) == 2552
+  assert len({document.group for document in documents}) == 16

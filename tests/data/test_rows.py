@@ -1,0 +1,147 @@
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+
+from selfimprove_jax import artifacts
+from selfimprove_jax.data import packing, rows
+
+
+def _packed(num, seq_len=16, seed=0):
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(2, seq_len, num)
+  examples = (
+    packing.Example(rng.integers(0, 2**31 - 1, n).astype(np.int32), np.arange(n) > 0)
+    for n in lengths.tolist()
+  )
+  return list(packing.pack(examples, seq_len=seq_len, pad_id=0))
+
+
+def _assert_equal(row, other):
+  assert row.keys() == other.keys()
+  for name in row:
+    np.testing.assert_array_equal(row[name], other[name])
+    assert row[name].dtype == other[name].dtype
+
+
+def test_rows_come_back_by_index_over_files(tmp_path):
+  written = [_packed(30), _packed(1, seed=1), _packed(9, seed=2)]
+  paths = [tmp_path / f"{i}" for i in range(3)]
+  counts = [rows.write_rows(path, packed) for path, packed in zip(paths, written)]
+  source = rows.RowSource(paths, counts=counts, seq_len=16)
+  flat = [row for packed in written for row in packed]
+  assert len(source) == len(flat)
+  for index in np.random.default_rng(0).permutation(len(flat)):
+    _assert_equal(source[index], flat[index])
+  for index in (-1, len(flat)):
+    with pytest.raises(IndexError, match=f"row {index}"):
+      source[index]
+
+
+def test_counts_need_no_scan(tmp_path):
+  packed = _packed(40)
+  counts = rows.write_rows(tmp_path / "a", packed)
+  source = rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=16)
+  assert source.num_tokens == sum(int((row["segment_ids"] > 0).sum()) for row in packed)
+  assert source.num_targets == sum(int(row["loss_mask"].sum()) for row in packed)
+  assert counts["records"] * 16 == counts["tokens"] + counts["padding"]
+
+
+def test_a_file_written_again_has_the_same_bytes(tmp_path):
+  for name in "ab":
+    rows.write_rows(tmp_path / name, iter(_packed(300, seq_len=64)))
+  assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_long_rows_keep_their_positions(tmp_path):
+  seq_len = 70_000
+  (row,) = packing.pack(
+    [packing.Example(np.ones(seq_len, np.int32), np.ones(seq_len, bool))],
+    seq_len=seq_len,
+    pad_id=0,
+  )
+  counts = rows.write_rows(tmp_path / "a", [row])
+  _assert_equal(rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=seq_len)[0], row)
+
+
+def test_a_pickled_source_reads_on(tmp_path):
+  packed = _packed(5)
+  source = rows.RowSource(
+    [tmp_path / "a"], counts=[rows.write_rows(tmp_path / "a", packed)], seq_len=16
+  )
+  _assert_equal(source[1], packed[1])
+  _assert_equal(pickle.loads(pickle.dumps(source))[1], packed[1])
+
+
+def test_another_row_length_is_refused(tmp_path):
+  counts = rows.write_rows(tmp_path / "a", _packed(5))
+  source = rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=32)
+  with pytest.raises(ValueError, match="rows of 16 tokens; 32 were asked for"):
+    source[0]
+  with pytest.raises(ValueError, match="rows of 16 and of 32"):
+    rows.write_rows(tmp_path / "b", [*_packed(1), *_packed(1, seq_len=32)])
+
+
+def test_other_records_are_refused(tmp_path):
+  from array_record.python import array_record_module
+
+  writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a"), "group_size:1")
+  writer.write(b"something of another kind")
+  writer.close()
+  counts = {"records": 1, "tokens": 1, "targets": 1}
+  with pytest.raises(ValueError, match="no packed rows of version 1"):
+    rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=16)[0]
+
+
+def test_negative_tokens_are_refused(tmp_path):
+  (row,) = _packed(1)
+  row["tokens"][0] = -1
+  with pytest.raises(ValueError, match="token -1"):
+    rows.write_rows(tmp_path / "a", [row])
+
+
+@pytest.mark.parametrize("kept", [0, 100, 65_536, 0.5, -1])
+def test_a_truncated_file_is_never_read(tmp_path, kept):
+  counts = rows.write_rows(tmp_path / "a", _packed(3000, seq_len=64))
+  whole = (tmp_path / "a").read_bytes()
+  cut = int(len(whole) * kept) if isinstance(kept, float) else kept
+  pathlib.Path(tmp_path / "a").write_bytes(whole[:cut])
+  with pytest.raises(artifacts.ArtifactError, match="damaged: 0 rows can be read"):
+    rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=64)[0]
+
+
+def test_a_flipped_byte_is_never_read(tmp_path):
+  counts = rows.write_rows(tmp_path / "a", _packed(3000, seq_len=64))
+  whole = bytearray((tmp_path / "a").read_bytes())
+  whole[len(whole) // 2] ^= 1
+  (tmp_path / "a").write_bytes(whole)
+  source = rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=64)
+  with pytest.raises(artifacts.ArtifactError, match="damaged"):
+    for index in range(len(source)):
+      source[index]
+
+
+def test_the_rows_of_an_artefact_are_opened_by_prefix(tmp_path):
+  packed = {"train-0": _packed(9), "train-1": _packed(8, seed=1), "test-0": _packed(7, seed=2)}
+  writer = artifacts.Writer(tmp_path / "rows", config={}, inputs={})
+  for name in packed:
+    with writer.shard(name + rows.SUFFIX) as (path, counts):
+      counts.update(rows.write_rows(path, packed[name]))
+  artifact = writer.finish()
+  train = rows.open_rows(artifact, seq_len=16, prefix="train-")
+  assert len(train) == len(packed["train-0"]) + len(packed["train-1"])
+  _assert_equal(train[len(packed["train-0"])], packed["train-1"][0])
+  with pytest.raises(ValueError, match=r"no rows named validation-\*"):
+    rows.open_rows(artifact, seq_len=16, prefix="validation-")
+  path = tmp_path / "rows" / f"train-1{rows.SUFFIX}"
+  data = bytearray(path.read_bytes())
+  data[70_000] ^= 1
+  path.write_bytes(data)
+  with pytest.raises(artifacts.ArtifactError, match="SHA-256"):
+    rows.open_rows(artifact, seq_len=16, prefix="train-")
+
+
+def test_a_file_of_no_rows_is_an_empty_source(tmp_path):
+  counts = rows.write_rows(tmp_path / "a", [])
+  assert len(rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=16)) == 0
