@@ -74,12 +74,14 @@ def init_state(
   """The state before the first step, each leaf made where it lives.
 
   Args:
-    params: start from these (already sharded on `mesh`) instead of from `key`.
+    params: start from a copy of these (already sharded on `mesh`) instead of from `key`.
   """
   shardings = state_shardings(model, tx, mesh)
   if params is None:
     init = jax.jit(lambda k: nn.unbox(init_params(model, k)), out_shardings=shardings.params)
     params = init(key)
+  else:
+    params = jax.tree.map(jnp.copy, params)  # the first step donates its state
   opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(params)
   step = jax.device_put(jnp.int32(0), shardings.step)
   return TrainState(step, params, opt_state)
@@ -106,13 +108,15 @@ def train_step(
   *,
   model: Llama,
   tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
   accumulation_steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update from a batch of packed rows.
 
   With `accumulation_steps` above 1 the batch is taken in that many parts, and gradients are
   weighted by target tokens, so that the update is that of the whole batch however unevenly the
-  targets fall. Metrics: `loss` (nats per target token), `grad_norm` (before clipping), `tokens`.
+  targets fall. Metrics: `loss` (nats per target token), `grad_norm` (before clipping), `tokens`
+  (targets), `learning_rate`.
   """
   num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
   key = jax.random.fold_in(dropout_key, state.step)
@@ -148,25 +152,43 @@ def train_step(
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "tokens": num_tokens}
+  metrics = {
+    "loss": loss,
+    "grad_norm": optax.global_norm(grads),
+    "tokens": num_tokens,
+    "learning_rate": learning_rate(state.step),
+  }
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def make_train_step(
-  model: Llama, tx: optax.GradientTransformation, mesh: Mesh, *, accumulation_steps: int
+  model: Llama,
+  tx: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  mesh: Mesh,
+  *,
+  accumulation_steps: int,
 ):
-  """`train_step` jitted for a mesh: `(state, batch, dropout_key) -> (state, metrics)`, state donated."""
+  """`train_step` jitted for a mesh: `(state, batch, dropout_key)`; the state is donated."""
   shardings = state_shardings(model, tx, mesh)
-  step = functools.partial(train_step, model=model, tx=tx, accumulation_steps=accumulation_steps)
+  replicated = partitioning.replicated(mesh)
 
-  def traced(state, batch, dropout_key):
+  def step(state, batch, dropout_key):
     with partitioning.axis_rules():
-      return step(state, batch, dropout_key)
+      return train_step(
+        state,
+        batch,
+        dropout_key,
+        model=model,
+        tx=tx,
+        learning_rate=learning_rate,
+        accumulation_steps=accumulation_steps,
+      )
 
   jitted = jax.jit(
-    traced,
-    in_shardings=(shardings, partitioning.batch_sharding(mesh), partitioning.replicated(mesh)),
-    out_shardings=(shardings, partitioning.replicated(mesh)),
+    step,
+    in_shardings=(shardings, partitioning.batch_sharding(mesh), replicated),
+    out_shardings=(shardings, replicated),
     donate_argnums=0,
   )
 
@@ -174,5 +196,4 @@ def make_train_step(
     with jax.set_mesh(mesh):
       return jitted(state, batch, dropout_key)
 
-  run.jitted = jitted
   return run

@@ -1,0 +1,99 @@
+"""Held-out loss: of packed rows as a mean, or of every document in them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float64, Int64
+
+from selfimprove_jax import partitioning
+from selfimprove_jax.data.rows import RowSource
+from selfimprove_jax.data.tokenizer import Tokenizer
+from selfimprove_jax.models.llama import Llama
+from selfimprove_jax.training import losses
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentLosses:
+  """Of each segment that has targets, in the order of rows and segments.
+
+  Attributes:
+    nll_sums: nats over its target tokens.
+    token_counts: target tokens.
+    byte_counts: UTF-8 bytes of them.
+  """
+
+  nll_sums: Float64[np.ndarray, "N"]
+  token_counts: Int64[np.ndarray, "N"]
+  byte_counts: Int64[np.ndarray, "N"]
+
+
+class RowScorer:
+  """Scores a fixed set of rows under any parameters of one model; compiled once."""
+
+  def __init__(
+    self,
+    model: Llama,
+    mesh: Mesh,
+    source: RowSource,
+    *,
+    batch_size: int,
+    max_rows: int | None = None,
+  ):
+    """Args:
+    batch_size: rows at a time; the last batch is filled up with rows that do not count.
+    max_rows: only the first so many.
+    """
+    if batch_size % partitioning.num_batch_shards(mesh):
+      raise ValueError(
+        f"batch_size={batch_size} does not divide over {partitioning.num_batch_shards(mesh)} shards"
+      )
+    self._mesh = mesh
+    num_rows = len(source) if max_rows is None else min(max_rows, len(source))
+    self._batches = [
+      [source[i] for i in range(start, min(start + batch_size, num_rows))]
+      for start in range(0, num_rows, batch_size)
+    ]
+    self._batch_size = batch_size
+
+    def nll(params, tokens_BT, positions_BT, segment_ids_BT):
+      with partitioning.axis_rules():
+        logits_BTV, _ = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
+      return losses.next_token_nll(logits_BTV, tokens_BT)
+
+    self._nll = jax.jit(nll, out_shardings=partitioning.replicated(mesh))
+
+  def mean(self, params: Any) -> float:
+    """Nats per target token over all rows."""
+    total, count = 0.0, 0
+    for row, nll_T in self._scored(params):
+      total += float(np.sum(nll_T, where=row["loss_mask"], dtype=np.float64))
+      count += int(np.count_nonzero(row["loss_mask"]))
+    return total / count
+
+  def documents(self, params: Any, tokenizer: Tokenizer) -> DocumentLosses:
+    nll_sums, token_counts, byte_counts = [], [], []
+    for row, nll_T in self._scored(params):
+      for segment in range(1, int(row["segment_ids"].max()) + 1):
+        targets = (row["segment_ids"] == segment) & row["loss_mask"]
+        if targets.any():
+          nll_sums.append(float(np.sum(nll_T, where=targets, dtype=np.float64)))
+          token_counts.append(int(np.count_nonzero(targets)))
+          text = tokenizer.decode(row["tokens"][targets].tolist())
+          byte_counts.append(max(len(text.encode()), 1))
+    return DocumentLosses(
+      np.array(nll_sums), np.array(token_counts, np.int64), np.array(byte_counts, np.int64)
+    )
+
+  def _scored(self, params):
+    for rows in self._batches:
+      filled = rows + rows[:1] * (self._batch_size - len(rows))
+      arrays = {
+        n: np.stack([row[n] for row in filled]) for n in ("tokens", "positions", "segment_ids")
+      }
+      batch = partitioning.global_batch(arrays, self._mesh)
+      with jax.set_mesh(self._mesh):
+        nll_BT = self._nll(params, batch["tokens"], batch["positions"], batch["segment_ids"])
+      yield from zip(rows, np.asarray(nll_BT))

@@ -1,0 +1,174 @@
+"""Checkpoints of the training state, through orbax; the only file that knows orbax.
+
+A step is committed by a rename, so a killed save leaves nothing that looks like a checkpoint. With
+each step goes a checksum of every leaf, compared on reading: damage that the file format does not
+notice is noticed here, and the step before is used.
+"""
+
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from selfimprove_jax.training.train_step import TrainState
+
+_logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(RuntimeError):
+  """A checkpoint can't be read, or does not hold what was saved."""
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """Path -> 32-bit checksum of each leaf's bits and their places, however it is sharded."""
+  sums = _leaf_checksums(tree)
+  return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree.leaves_with_path(sums)}
+
+
+@jax.jit
+def _leaf_checksums(tree):
+  def checksum(x):
+    bits = x
+    if x.dtype not in (jnp.int32, jnp.uint32):
+      bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    bits = bits.astype(jnp.uint32)
+    place = jnp.uint32(1)
+    for axis, size in enumerate(x.shape):
+      place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+  return jax.tree.map(checksum, tree)
+
+
+class Checkpoints:
+  """The checkpoints of one run: `folder/<step>/`."""
+
+  def __init__(self, folder: str | os.PathLike, *, keep: int):
+    """Opens or creates the folder.
+
+    Args:
+      keep: how many of the last steps stay, beside those that `save` was told to protect.
+    """
+    self._keep = keep
+    options = ocp.CheckpointManagerOptions(
+      enable_async_checkpointing=True, cleanup_tmp_directories=True
+    )
+    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+
+  def steps(self) -> list[int]:
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, *, protect: frozenset[int] = frozenset()) -> None:
+    """Starts to write a step, and deletes old ones except the last `keep` and `protect`.
+
+    Returns once the state may be donated; `wait` returns once it is on disk.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    if jax.default_backend() == "cpu":
+      # Orbax would read the live buffers, which the next step is allowed to overwrite.
+      state = jax.tree.map(jnp.copy, state)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+        checksums=ocp.args.JsonSave(
+          {"params": checksums(state.params), "optimizer": checksums(state.opt_state)}
+        ),
+      ),
+    )
+    for old in self.steps()[: -self._keep]:
+      if old not in protect:
+        self._manager.delete(old)
+
+  def restore_last(self, abstract: TrainState) -> TrainState | None:
+    """The newest state that is whole, on the shardings of `abstract`; None if there is none.
+
+    Damaged steps are reported and deleted.
+    """
+    for step in reversed(self.steps()):
+      try:
+        return self._restore(step, abstract)
+      except DamagedCheckpointError as error:
+        _logger.warning("%s; going back to the checkpoint before it", error)
+        self._manager.delete(step)
+    return None
+
+  def _restore(self, step: int, abstract: TrainState) -> TrainState:
+    optimizer = {"opt_state": abstract.opt_state, "step": abstract.step}
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract.params),
+          optimizer=ocp.args.StandardRestore(optimizer),
+          checksums=ocp.args.JsonRestore(),
+        ),
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+      raise DamagedCheckpointError(
+        f"checkpoint {self._path(step)} can't be read: {error}"
+      ) from error
+    self._compare(step, "params", restored.params, restored.checksums)
+    self._compare(step, "optimizer", restored.optimizer["opt_state"], restored.checksums)
+    return TrainState(
+      step=restored.optimizer["step"],
+      params=restored.params,
+      opt_state=restored.optimizer["opt_state"],
+    )
+
+  def restore_params(self, step: int, abstract_params: Any) -> Any:
+    """The parameters of one step, on the shardings of `abstract_params`.
+
+    Raises:
+      DamagedCheckpointError: the step is missing, can't be read or is not what was saved.
+    """
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract_params), checksums=ocp.args.JsonRestore()
+        ),
+      )
+    except Exception as error:
+      raise DamagedCheckpointError(
+        f"checkpoint {self._path(step)} can't be read: {error}"
+      ) from error
+    self._compare(step, "params", restored.params, restored.checksums)
+    return restored.params
+
+  def _compare(self, step, part, tree, saved):
+    found = checksums(tree)
+    wrong = [path for path, value in saved[part].items() if found.get(path) != value]
+    if wrong:
+      raise DamagedCheckpointError(
+        f"checkpoint {self._path(step)} is damaged: checksums differ for {part} {wrong[:3]}"
+      )
+
+  def _path(self, step):
+    return self._manager.directory / str(step)
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk; raises what the writing raised."""
+    self._manager.wait_until_finished()
+
+  def delete_after(self, step: int) -> None:
+    """Deletes checkpoints beyond a step."""
+    for later in self.steps():
+      if later > step:
+        self._manager.delete(later)
+
+  def close(self) -> None:
+    self._manager.close()
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
