@@ -6,13 +6,14 @@
     manifest.json             {"shards": {name: {"bytes", "sha256", "records"}}, "summary": {...}}
 
 `config.json` is written first and `manifest.json` last; shards appear whole, by rename, in between.
-To resume is to write again with the same config: shards that are whole are skipped. Nothing in these
-files depends on time, host or order of work, so two runs of one config hold the same bytes.
+To resume is to write again with the same config: shards that are whole are skipped. Nothing in
+these files depends on time, host or order of work, so two runs of one config hold the same bytes.
 A shard is a file or a folder (a zarr array).
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -129,9 +130,7 @@ class Artifact:
         yield from self.read_jsonl(name)
 
   def read_jsonl(self, name: str) -> Iterator[dict[str, Any]]:
-    with self.path(name).open(encoding="utf-8") as file:
-      for line in file:
-        yield json.loads(line)
+    return _read_jsonl(self.path(name))
 
 
 def open_artifact(folder: str | os.PathLike) -> Artifact:
@@ -148,7 +147,8 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
   for name, entry in artifact.shards.items():
     size = _num_bytes(folder / name)
     if size != entry["bytes"]:
-      raise ArtifactError(f"{folder / name} is damaged: {size} bytes, {entry['bytes']} expected")
+      found = "missing" if size is None else f"{size} bytes"
+      raise ArtifactError(f"{folder / name} is damaged: {found}, {entry['bytes']} bytes expected")
   return artifact
 
 
@@ -171,7 +171,7 @@ class Writer:
     self._journal = _read_journal(self.folder / _JOURNAL)
 
   def repair(self) -> list[str]:
-    """Makes a damaged artefact unfinished again, keeping its whole shards; names the damaged ones."""
+    """Makes a damaged artefact unfinished again; names its damaged shards, keeps the others."""
     manifest_path = self.folder / _MANIFEST
     if not manifest_path.exists():
       return []
@@ -187,6 +187,14 @@ class Writer:
   def has(self, name: str) -> bool:
     """Whether the shard was written before, and is still the bytes that were written."""
     return name in self._journal and self._is_whole(name, self._journal[name])
+
+  def counts(self, name: str) -> dict[str, int]:
+    """What was counted when the shard was written."""
+    return {k: v for k, v in self._journal[name].items() if k not in ("bytes", "sha256")}
+
+  def read_jsonl(self, name: str) -> Iterator[dict[str, Any]]:
+    """The records of a shard that is whole."""
+    return _read_jsonl(self.folder / name)
 
   def write_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
     """Writes one shard of JSON lines, or nothing if it is already whole."""
@@ -208,8 +216,8 @@ class Writer:
     """Gives a temporary path to write to, and counts to fill in; the shard appears on leaving.
 
     Raises:
-      OSError: with the shard's name, where the disk is full; the shard does not appear, and the
-        same run goes on from there once there is room.
+      OSError: with the shard's name, where it could not be written (a full disk); the shard does
+        not appear, and the same run goes on from there once there is room.
     """
     counts = {"records": 0}
     try:
@@ -218,11 +226,12 @@ class Writer:
         entry = {"bytes": _num_bytes(temporary), "sha256": _sha256(temporary), **counts}
       with (self.folder / _JOURNAL).open("a") as journal:
         journal.write(json.dumps({"name": name, **entry}) + "\n")
-    except OSError as error:
+    except Exception as error:
+      if not isinstance(error, OSError) and not _tells_of_full_disk(error):
+        raise
       raise OSError(
-        error.errno,
-        f"could not write shard {name} of {self.folder} ({error.strerror}); shards before it are "
-        f"kept: make room and run the same command again",
+        f"could not write shard {name} of {self.folder}: {error}. Shards before it are kept: if "
+        f"the disk is full make room, and run the same command again"
       ) from error
     self._journal[name] = entry
 
@@ -236,6 +245,12 @@ class Writer:
   def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
     path = self.folder / name
     return _num_bytes(path) == entry["bytes"] and _sha256(path) == entry["sha256"]
+
+
+def _tells_of_full_disk(error: Exception) -> bool:
+  # Libraries that write by themselves (ArrayRecord, tensorstore) raise other kinds than OSError.
+  codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  return any(os.strerror(code) in str(error) for code in codes)
 
 
 @contextlib.contextmanager
@@ -265,17 +280,25 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
   return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _num_bytes(path: pathlib.Path) -> int:
-  return sum(file.stat().st_size for file in _files(path)) if path.exists() else 0
+def _num_bytes(path: pathlib.Path) -> int | None:
+  """None where there is nothing."""
+  return sum(file.stat().st_size for file in _files(path)) if path.exists() else None
+
+
+def _read_jsonl(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  with path.open(encoding="utf-8") as file:
+    for line in file:
+      yield json.loads(line)
 
 
 def _read_journal(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   entries = {}
   if path.exists():
     for line in path.read_text().splitlines(keepends=True):
-      if not line.endswith("\n"):
-        break  # torn by a crash: that shard is written again
-      entry = json.loads(line)
+      try:
+        entry = json.loads(line)
+      except json.JSONDecodeError:
+        break  # torn by a crash or a full disk: that shard, and what follows, is written again
       entries[entry.pop("name")] = entry
     whole = "".join(json.dumps({"name": n, **e}) + "\n" for n, e in entries.items())
     write_atomic(path, whole.encode())

@@ -1,7 +1,7 @@
 """Attention over packed rows, one signature for every implementation.
 
-Axis letters: B batch, T query position, S key position, N query heads, K kv heads, G = N / K queries
-per kv head, H head width.
+Axis letters: B batch, T query position, S key position, N query heads, K kv heads, G = N / K
+queries per kv head, H head width.
 """
 
 import jax

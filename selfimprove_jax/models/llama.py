@@ -79,13 +79,13 @@ class LlamaConfig:
     embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
     return self.num_layers * layer + embeddings + self.embed_dim
 
-  def forward_flops_per_token(self, seq_len: int) -> float:
+  def forward_flops_per_token(self, seq_len: int) -> int:
     """Multiply-adds counted twice; causal attention counted half; the embedding lookup is free."""
     lookup = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
     attention = 2 * self.num_layers * self.num_heads * self.head_dim * seq_len
     return 2 * (self.num_parameters - lookup) + attention
 
-  def train_flops_per_token(self, seq_len: int) -> float:
+  def train_flops_per_token(self, seq_len: int) -> int:
     """Three forward passes; what remat computes again is not counted."""
     return 3 * self.forward_flops_per_token(seq_len)
 

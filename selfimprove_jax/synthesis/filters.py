@@ -27,7 +27,7 @@ def filter_documents(
   """Divides sampled documents into those to train on and those to keep beside.
 
   Args:
-    records: Each with "text" and "num_tokens", and "seed_text" where it has a seed; all else is
+    records: Each with "text" and "num_tokens", and "seed_text" (None without a seed); all else is
       passed on. Their order decides which of two near-duplicates is kept: the earlier.
     min_tokens: Documents of fewer tokens are "too_short", and so are those of fewer words than a
       shingle, in which the other rules see nothing (a sample of dashes alone).
@@ -63,7 +63,7 @@ def filter_documents(
   of_each_other = near_duplicates.near_duplicates(texts, **options)
   of_references = near_duplicates.near_duplicates_of(references, texts, **options)
   for i, earlier, reference in zip(rest, of_each_other, of_references, strict=True):
-    copies_seed = "seed_text" in records[i] and (
+    copies_seed = records[i]["seed_text"] is not None and (
       overlap(records[i]["text"], records[i]["seed_text"], shingle_size) > max_jaccard
     )
     if copies_seed or earlier is not None or reference is not None:

@@ -167,7 +167,8 @@ class _Run:
         raise preemption.Preempted(f"{self.label}: stopped at step {step}, state saved")
       tokens_seen += batch["loss_mask"].size * jax.process_count()
       rate = tokens_seen / (time.monotonic() - began)
-      bar.update(1, tokens_per_second=rate, loss=self.log.last_loss)
+      loss = self.log.last_loss
+      bar.update(1, tokens_per_second=rate, **({} if loss is None else {"loss": loss}))
       if step % s.board_every == 0:
         self.log.board(step, {"train/tokens_per_second": rate})
     return state

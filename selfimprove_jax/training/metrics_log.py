@@ -5,7 +5,6 @@ is the uninterrupted one's. Speeds go to TensorBoard only.
 """
 
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -31,10 +30,10 @@ class MetricsLog:
     self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
   @property
-  def last_loss(self) -> float:
-    """The newest training loss, NaN before the first."""
+  def last_loss(self) -> float | None:
+    """The newest training loss; None before the first."""
     losses = (r["train/loss"] for r in reversed(self.records) if "train/loss" in r)
-    return next(losses, math.nan)
+    return next(losses, None)
 
   def write(self, step: int, metrics: dict[str, float], *, board: bool = True) -> None:
     record = {"step": step, **metrics}

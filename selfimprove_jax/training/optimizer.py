@@ -30,7 +30,7 @@ def adamw(
   eps: float,
   clip_norm: float,
 ) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm; decay (times the learning rate) on all but norm weights."""
+  """AdamW after clipping by global norm; decay (times the rate) on all but the norms' weights."""
 
   def decayed(params):
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", params)

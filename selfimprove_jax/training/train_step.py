@@ -101,6 +101,16 @@ def abstract_state(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -
   )
 
 
+def abstract_params(model: Llama, mesh: Mesh) -> Any:
+  """Shapes, dtypes and shardings of the parameters, with nothing allocated."""
+  boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    partitioning.param_shardings(boxed, mesh),
+  )
+
+
 def train_step(
   state: TrainState,
   batch: dict[str, jax.Array],

@@ -1,0 +1,81 @@
+"""Runs a pipeline from a config; see README.md.
+
+python -m selfimprove_jax.main --config=configs/sbp_quick.py --workdir=runs/sbp_quick
+python -m selfimprove_jax.main --config=... --workdir=... --dry_run
+python -m selfimprove_jax.main show --workdir=runs/sbp_quick
+"""
+
+import pathlib
+import shlex
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again, it goes on there.")
+_STAGES = flags.DEFINE_list(
+  "stages", None, "Only these stages: full names, or a first part such as `arms`."
+)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and run nothing.")
+_DEVICE = flags.DEFINE_string("device", None, "With --dry_run: device kind to give times for.")
+_NUM_DEVICES = flags.DEFINE_integer("num_devices", 1, "With --dry_run: how many of them.")
+_VERIFY = flags.DEFINE_bool(
+  "verify", False, "Compare every complete artefact with its checksums first; rebuild damaged ones."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Start jax.distributed first: the same command on every host of a pod."
+)
+
+
+def main(argv: list[str]) -> None:
+  if argv[1:] not in ([], ["show"]):
+    raise app.UsageError(f"unknown arguments {argv[1:]}; there is `show`")
+  if _WORKDIR.value is None and not _DRY_RUN.value:
+    raise app.UsageError("--workdir is missing: the folder that the run is kept in")
+  try:
+    if argv[1:] == ["show"]:
+      from selfimprove_jax.pipelines import show
+
+      show.show(pathlib.Path(_WORKDIR.value))
+      return
+    if _CONFIG.value is None:
+      raise app.UsageError("--config is missing: for example --config=configs/sbp_quick.py")
+    _run(_CONFIG.value.to_dict())
+  except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, ImportError) as error:
+    from absl import logging
+
+    logging.debug("failed", exc_info=True)  # the whole traceback, with --verbosity=1
+    sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _run(config):
+  from selfimprove_jax.pipelines import plan, runner
+
+  stages = runner.build(config)
+  if _DRY_RUN.value:
+    folder = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
+    return
+  if _DISTRIBUTED.value:
+    import jax
+
+    jax.distributed.initialize()
+  from selfimprove_jax import report
+  from selfimprove_jax.pipelines import sbp_report
+  from selfimprove_jax.progress import Progress
+  from selfimprove_jax.training import preemption
+
+  preemption.install()
+  run_folder = pathlib.Path(_WORKDIR.value)
+  runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=Progress())
+  if _STAGES.value is None:
+    command = shlex.join(["python", "-m", "selfimprove_jax.main", *sys.argv[1:]])
+    made = sbp_report.make_report(config, run_folder, command=command)
+    page = report.write_report(made, run_folder / "report")
+    print(report.print_table(made))
+    print(page)
+
+
+if __name__ == "__main__":
+  app.run(main)

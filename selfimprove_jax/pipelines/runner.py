@@ -1,0 +1,187 @@
+"""Runs the stages of a pipeline: one after another here, or several at a time as processes.
+
+On accelerators one stage has all devices, so stages run in order in this process. On a CPU a small
+model leaves most of a thread pool idle, and stages that do not need each other run as processes of
+one thread each instead; their results then do not depend on the number of cores either.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from selfimprove_jax import artifacts
+from selfimprove_jax.pipelines import stages as stages_lib
+from selfimprove_jax.pipelines.stages import Stage
+from selfimprove_jax.progress import Progress
+
+CONFIG = "config.json"
+
+
+class StageError(RuntimeError):
+  """A stage failed; the message is its own."""
+
+
+def build(config: dict[str, Any]) -> list[Stage]:
+  """The stages of the pipeline that a config names.
+
+  Raises:
+    ValueError: there is no such pipeline.
+  """
+  from selfimprove_jax.pipelines import sbp
+
+  pipelines = {"sbp": sbp.build}
+  if config["pipeline"] not in pipelines:
+    raise ValueError(f"pipeline {config['pipeline']!r} is unknown; there are {sorted(pipelines)}")
+  return pipelines[config["pipeline"]](config)
+
+
+def run(
+  config: dict[str, Any],
+  run_folder: pathlib.Path,
+  *,
+  only: Sequence[str] | None,
+  verify: bool,
+  progress: Progress,
+) -> None:
+  """Makes every stage's artefact complete, or those of `only` (names, or beginnings of names).
+
+  Args:
+    verify: compare complete artefacts with their checksums, not their sizes alone.
+
+  Raises:
+    artifacts.ConfigMismatchError: the folder belongs to another config.
+    StageError: a stage failed.
+  """
+  stages = build(config)
+  chosen = select(stages, only)
+  for stage in stages:
+    stage.load()  # a misspelt key fails now, not in an hour
+  artifacts.check_same_config(run_folder / CONFIG, config)
+  for stage in stages:
+    stages_lib.check_config(stage, run_folder)
+    if verify:
+      stages_lib.verify(stage, run_folder)
+  todo = [stage for stage in chosen if not stages_lib.is_complete(stage, run_folder)]
+  for stage in chosen:
+    if stage not in todo:
+      print(f"{stage.name}: complete", flush=True)
+  parallel = config["runtime"]["parallel_stages"]
+  if parallel > 1:
+    _run_processes(todo, chosen, run_folder, parallel)
+  else:
+    for stage in todo:
+      stages_lib.run_stage(stage, run_folder, progress)
+
+
+def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:
+  """The stages that `only` names: `arms` stands for every stage whose name begins with `arms/`."""
+  if only is None:
+    return list(stages)
+  chosen = []
+  for name in only:
+    matches = [s for s in stages if s.name == name or s.name.startswith(name + "/")]
+    if not matches:
+      raise ValueError(f"there is no stage {name!r}; there are {[s.name for s in stages]}")
+    chosen += matches
+  return [stage for stage in stages if stage in chosen]
+
+
+def _run_processes(todo, chosen, run_folder, parallel):
+  waiting = list(todo)
+  running: dict[str, subprocess.Popen] = {}
+  chosen_names = {stage.name for stage in chosen}
+  failure = None
+  with _forwarding_sigterm(running) as terminated:
+    while waiting or running:
+      unfinished = {stage.name for stage in waiting} | running.keys()
+      for stage in list(waiting):
+        blocked = unfinished & set(stage.inputs.values()) & chosen_names
+        if failure or terminated or blocked or len(running) >= parallel:
+          continue
+        waiting.remove(stage)
+        running[stage.name] = _start(stage, run_folder)
+      if failure or terminated:
+        waiting = []
+      for name, process in list(running.items()):
+        if process.poll() is not None:
+          del running[name]
+          if process.returncode and failure is None:
+            failure = (name, process.returncode)
+            for other in running.values():
+              other.terminate()
+      time.sleep(0.05)
+  if terminated:
+    raise SystemExit(143)
+  if failure:
+    name, code = failure
+    raise StageError(
+      f"stage {name} ended with exit code {code}; what it said is above, and whole in "
+      f"{log_path(run_folder, name)}. What is complete is kept: the same command goes on from there"
+    )
+
+
+def log_path(run_folder: pathlib.Path, name: str) -> pathlib.Path:
+  return run_folder / "logs" / f"{name.replace('/', '-')}.log"
+
+
+def _start(stage: Stage, run_folder: pathlib.Path) -> subprocess.Popen:
+  process = subprocess.Popen(
+    [sys.executable, "-m", "selfimprove_jax.pipelines.worker", str(run_folder), stage.name],
+    env=_worker_environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  threading.Thread(target=_relay, args=(process.stdout,), daemon=True).start()
+  return process
+
+
+def _relay(lines):
+  for line in lines:
+    print(line, end="", flush=True)
+
+
+def _worker_environment() -> dict[str, str]:
+  """One thread each, and an allocator that returns less memory to the system between steps."""
+  environment = dict(os.environ)
+  flags = environment.get("XLA_FLAGS", "")
+  environment["XLA_FLAGS"] = (
+    f"{flags} --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1".strip()
+  )
+  for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    environment[name] = "1"
+  # Huge pages for malloc: without them a third of a small CPU training step is page faults.
+  environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+  environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  return environment
+
+
+@contextlib.contextmanager
+def _forwarding_sigterm(running: dict[str, subprocess.Popen]) -> Iterator[list[int]]:
+  """Within, SIGTERM goes to the stages, which save and leave, and is noted in the list given."""
+  terminated: list[int] = []
+
+  def forward(number, _):
+    terminated.append(number)
+    for process in list(running.values()):
+      process.terminate()
+
+  before = signal.signal(signal.SIGTERM, forward)
+  try:
+    yield terminated
+  finally:
+    signal.signal(signal.SIGTERM, before)
+    for process in running.values():
+      process.kill()
+
+
+def read_config(run_folder: pathlib.Path) -> dict[str, Any]:
+  return json.loads((run_folder / CONFIG).read_text())

@@ -1,0 +1,178 @@
+"""A stage: a function from artefacts to one artefact; and what is known of it before it runs."""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib
+import inspect
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from selfimprove_jax import artifacts
+from selfimprove_jax.progress import Progress
+
+TIMINGS = "timings.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a stage's function is given beside its config.
+
+  Attributes:
+    name: the stage's.
+    writer: of its artefact.
+    inputs: role -> complete artefact.
+    progress: where long work is shown.
+  """
+
+  name: str
+  writer: artifacts.Writer
+  inputs: dict[str, artifacts.Artifact]
+  progress: Progress
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return self.writer.folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a stage will cost, as far as it is known before; None where it is not.
+
+  Attributes:
+    tokens: tokens trained on, sampled or written.
+    flops: model FLOPs (`LlamaConfig.train_flops_per_token` states the convention).
+    state_bytes: parameters, gradients and optimizer state on the devices together.
+  """
+
+  tokens: float | None = None
+  flops: float | None = None
+  state_bytes: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One artefact to be.
+
+  Attributes:
+    name: its folder under the run's.
+    function: "module:function" under `selfimprove_jax.pipelines`, taking a `Context` and `config`
+      as keyword arguments and returning the summary of the artefact. A name, so that a plan can be
+      made, and a light stage run, without importing what heavy ones need.
+    config: all that determines its output beside its inputs; JSON-able.
+    inputs: role -> name of the stage that makes it.
+    uses_devices: whether it runs on the accelerators.
+  """
+
+  name: str
+  function: str
+  config: dict[str, Any]
+  inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+  plan: Plan = Plan()
+  uses_devices: bool = False
+
+  def load(self) -> Callable[..., dict[str, Any]]:
+    """The function.
+
+    Raises:
+      TypeError: a key of the config is missing or unknown.
+    """
+    module, name = self.function.split(":")
+    function = getattr(importlib.import_module(f"selfimprove_jax.pipelines.{module}"), name)
+    try:
+      inspect.signature(function).bind(None, **self.config)
+    except TypeError as error:
+      raise TypeError(
+        f"config of stage {self.name!r} does not fit {self.function}: {error}"
+      ) from None
+    return function
+
+
+def is_complete(stage: Stage, run_folder: pathlib.Path) -> bool:
+  try:
+    artifacts.open_artifact(run_folder / stage.name)
+  except artifacts.ArtifactError:
+    return False
+  return True
+
+
+def verify(stage: Stage, run_folder: pathlib.Path) -> None:
+  """Makes a complete artefact unfinished again if a shard's bytes are not the manifest's."""
+  folder = run_folder / stage.name
+  if (folder / "manifest.json").exists():
+    record = json.loads((folder / "config.json").read_text())
+    for name in artifacts.Writer(folder, **record).repair():
+      print(f"{stage.name}: {name} is damaged and will be made again", flush=True)
+
+
+def check_config(stage: Stage, run_folder: pathlib.Path) -> None:
+  """Refuses a stage folder that was begun with another config, before anything runs."""
+  path = run_folder / stage.name / "config.json"
+  if path.exists():
+    there = json.loads(path.read_text())["config"]
+    lines = artifacts.differences(there, json.loads(json.dumps(stage.config)))
+    if lines:
+      raise artifacts.ConfigMismatchError(
+        f"stage {stage.name} in {run_folder} was made with another config (there -> now):\n  "
+        + "\n  ".join(lines)
+      )
+
+
+def run_stage(stage: Stage, run_folder: pathlib.Path, progress: Progress) -> None:
+  """Makes the stage's artefact complete: all of it, what is missing of it, or nothing.
+
+  Shards that are not as long as the manifest says are made again; the same config and inputs give
+  the same bytes, so what was built on them stays valid.
+
+  Raises:
+    artifacts.ArtifactError: an input is unfinished or damaged.
+    artifacts.ConfigMismatchError: the folder holds another config, or was made from other inputs.
+  """
+  if is_complete(stage, run_folder):
+    return
+  function = stage.load()
+  with _lock(run_folder / stage.name):
+    inputs = {
+      role: artifacts.open_artifact(run_folder / name) for role, name in stage.inputs.items()
+    }
+    writer = artifacts.Writer(
+      run_folder / stage.name,
+      config=stage.config,
+      inputs={role: artifact.digest for role, artifact in inputs.items()},
+    )
+    for name in writer.repair():
+      print(f"{stage.name}: {name} is damaged and is made again", flush=True)
+    began = time.monotonic()
+    try:
+      summary = function(Context(stage.name, writer, inputs, progress), **stage.config)
+      writer.finish(summary)
+    finally:
+      record_seconds(run_folder, stage.name, time.monotonic() - began)
+
+
+def record_seconds(run_folder: pathlib.Path, name: str, seconds: float) -> None:
+  """Notes time spent; kept apart from the artefacts, which know nothing of time."""
+  with (run_folder / TIMINGS).open("a") as file:
+    file.write(json.dumps({"stage": name, "seconds": seconds}) + "\n")
+
+
+def seconds_spent(run_folder: pathlib.Path) -> dict[str, float]:
+  """Stage -> seconds, over every run that worked on it."""
+  spent: dict[str, float] = {}
+  path = run_folder / TIMINGS
+  for line in path.read_text().splitlines() if path.exists() else []:
+    record = json.loads(line)
+    spent[record["stage"]] = spent.get(record["stage"], 0.0) + record["seconds"]
+  return spent
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+  """Two processes never write one artefact: the second waits, and then finds it done."""
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / ".lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield

@@ -1,0 +1,47 @@
+"""One stage in a process of its own: `python -m selfimprove_jax.pipelines.worker RUN STAGE`."""
+
+import os
+import pathlib
+import sys
+import threading
+import time
+import traceback
+
+from selfimprove_jax.pipelines import runner, stages
+from selfimprove_jax.progress import Progress
+from selfimprove_jax.training import preemption
+
+
+def main() -> int:
+  run_folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+  _die_with_parent()
+  preemption.install()
+  (stage,) = [s for s in runner.build(runner.read_config(run_folder)) if s.name == name]
+  try:
+    stages.run_stage(stage, run_folder, Progress())
+  except preemption.Preempted as stop:
+    print(stop.message, flush=True)
+    return 143
+  except Exception as error:
+    log = runner.log_path(run_folder, name)
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(traceback.format_exc())
+    print(f"{name}: {type(error).__name__}: {error}", flush=True)
+    return 1
+  return 0
+
+
+def _die_with_parent() -> None:
+  """Leaves at once when the run is killed, so that nobody writes behind the next run's back."""
+  parent = os.getppid()
+
+  def watch():
+    while os.getppid() == parent:
+      time.sleep(0.2)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,45 @@
+"""Synthesis at scale: seed documents to new documents (SBP, section 3.1; arXiv 2509.15248)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from selfimprove_jax.data.tokenizer import Tokenizer
+from selfimprove_jax.sampling.engine import Completion
+
+
+def seed_index(record: int, *, num_documents: int, seed: int) -> int:
+  """Which document record number `record` starts from: uniform, a function of these numbers."""
+  return int(np.random.default_rng([seed, record]).integers(num_documents))
+
+
+def conditional_prompt(d1_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+  """`BOS d1 SEP`: what the synthesizer continues with d2."""
+  return [tokenizer.bos_id, *d1_ids, tokenizer.sep_id]
+
+
+def unconditional_prompt(tokenizer: Tokenizer) -> list[int]:
+  """`BOS`: what a language model continues with a document of its own (a control, not SBP's)."""
+  return [tokenizer.bos_id]
+
+
+def synthetic_record(
+  index: int,
+  *,
+  source: str,
+  seed_document: dict[str, Any] | None,
+  prompt: Sequence[int],
+  completion: Completion,
+  tokenizer: Tokenizer,
+) -> dict[str, Any]:
+  """One sampled document, traceable to its seed."""
+  return {
+    "id": f"{source}-{index:09d}",
+    "seed_id": seed_document["id"] if seed_document else None,
+    "seed_text": seed_document["text"] if seed_document else None,
+    "text": tokenizer.decode(completion.tokens),
+    "finish_reason": completion.finish_reason,
+    "num_prompt_tokens": len(prompt),
+    "num_tokens": len(completion.tokens),
+  }
