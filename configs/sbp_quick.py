@@ -13,9 +13,9 @@ from configs import parts
 
 def get_config(variant: str = "quick") -> mlc.ConfigDict:
   quick = {"quick": True, "smoke": False}[variant]
-  seq_len = 512 if quick else 128
-  unique_tokens = 80_000 if quick else 12_000
-  max_document_tokens = 250 if quick else 60
+  seq_len = 256 if quick else 128
+  unique_tokens = 64_000 if quick else 12_000
+  max_document_tokens = 126 if quick else 60
   total_tokens = 20 * unique_tokens if quick else 4 * unique_tokens
 
   c = mlc.ConfigDict()
@@ -32,8 +32,8 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
       seed=0,
       validation_fraction=0.05 if quick else 0.1,
       test_fraction=0.05 if quick else 0.1,
-      max_passage_chars=700 if quick else 160,
-      min_passage_chars=200 if quick else 60,
+      max_passage_chars=360 if quick else 160,
+      min_passage_chars=150 if quick else 60,
       order="group",
       shingle_size=10,
     ),
@@ -49,9 +49,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   c.model = parts.llama(
     "0.5m" if quick else "tiny", vocab_size=1024, dtype="float32", rope_theta=10_000.0
   )
-  c.training = parts.training(
-    batch_rows=2 if quick else 4, seq_len=seq_len, peak_lr=3e-3, final_lr=3e-4
-  )
+  c.training = parts.training(batch_rows=4, seq_len=seq_len, peak_lr=3e-3, final_lr=3e-4)
   c.total_tokens = total_tokens
   c.seed_model = dict(
     total_tokens=total_tokens // 2, mixture={"unique": 1.0}, weight_decay=2.0, dropout_rate=0.1
@@ -62,6 +60,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     seed=0,
     search=dict(method="auto", exact_below=20_000, num_neighbors=4),
     recall_sample=200,
+    max_gap_pairs=300,
     filters=dict(
       min_similarity=0.3,
       max_jaccard=0.3,
@@ -73,7 +72,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   )
   c.synthesizer = dict(
     training=parts.training(
-      batch_rows=2 if quick else 4, seq_len=seq_len, peak_lr=1e-3, final_lr=1e-4, patience=2, keep=1
+      batch_rows=4, seq_len=seq_len, peak_lr=1e-3, final_lr=1e-4, patience=2, keep=1
     ),
     passes=2.0,
     weight_decay=1.0,
@@ -82,7 +81,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     seed=0,
   )
   c.synthesis = dict(
-    target_tokens=total_tokens * 6 // 10,
+    target_tokens=total_tokens * 57 // 100,
     documents_per_shard=512 if quick else 128,
     max_shards=100,
     sampling=dict(temperature=1.0, top_k=0, top_p=1.0),

@@ -117,7 +117,10 @@ class Artifact:
       raise ArtifactError(f"{self.folder} has no shard {name!r}; it has {sorted(self.shards)}")
     path = self.folder / name
     if _sha256(path) != self.shards[name]["sha256"]:
-      raise ArtifactError(f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}")
+      raise ArtifactError(
+        f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}. Run the same command with "
+        f"--verify, which makes damaged shards again"
+      )
     return path
 
   def records(self) -> Iterator[dict[str, Any]]:

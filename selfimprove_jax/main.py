@@ -52,9 +52,10 @@ def main(argv: list[str]) -> None:
 def _run(config):
   from selfimprove_jax.pipelines import plan, runner
 
-  stages = runner.build(config)
   if _DRY_RUN.value:
+    runner.check(config)
     folder = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
   if _DISTRIBUTED.value:
@@ -77,5 +78,16 @@ def _run(config):
     print(page)
 
 
+def _parse_flags(argv):
+  """Flags by absl; and one line for what it tells by a traceback, such as a misspelt override."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError) as error:
+    fault = error
+    while isinstance(fault, Exception):  # the config library wraps one in another
+      fault = fault.args[0]
+    sys.exit(f"--config does not know {fault}")
+
+
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)

@@ -35,8 +35,9 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
   """
   sizes = [data, fsdp, tensor]
   num_devices = jax.device_count()
-  known = int(np.prod([size for size in sizes if size != -1]))
-  if sizes.count(-1) > 1 or known < 1 or num_devices % known:
+  given = [size for size in sizes if size != -1]
+  known = int(np.prod(given))
+  if len(given) < len(sizes) - 1 or min(given) < 1 or num_devices % known:
     raise ValueError(f"mesh {dict(zip(AXES, sizes))} does not fit {num_devices} devices")
   sizes = [num_devices // known if size == -1 else size for size in sizes]
   if int(np.prod(sizes)) != num_devices:

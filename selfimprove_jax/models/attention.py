@@ -26,8 +26,8 @@ def attention_mask(
 
 def attend(
   q_BTNH: Float[Array, "B T N H"],
-  k_BSKH: Float[Array, "B S K H"],
-  v_BSKH: Float[Array, "B S K H"],
+  k_BKSH: Float[Array, "B K S H"],
+  v_BKSH: Float[Array, "B K S H"],
   *,
   query_positions_BT: Int[Array, "B T"],
   key_positions_BS: Int[Array, "B S"],
@@ -41,6 +41,8 @@ def attend(
   for packed rows and for a cache alike. Without segments a row is one document.
 
   Args:
+    k_BKSH: heads before positions, as the cache holds them: a decode step then reads the cache
+      without transposing it.
     implementation: `xla` (any device), or `cudnn` (NVIDIA, bf16, rows of one document).
 
   Raises:
@@ -50,26 +52,26 @@ def attend(
     mask_BTS = attention_mask(
       query_positions_BT, key_positions_BS, query_segments_BT, key_segments_BS
     )
-    return _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+    return _xla(q_BTNH, k_BKSH, v_BKSH, mask_BTS)
   if implementation == "cudnn":
-    if query_segments_BT is not None or q_BTNH.shape[1] != k_BSKH.shape[1]:
+    if query_segments_BT is not None or q_BTNH.shape[1] != k_BKSH.shape[2]:
       raise ValueError(
         "attention='cudnn' takes neither segment ids nor a cache: packed documents would see each "
         "other. Use attention='xla', or rows of one document each"
       )
+    k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
     return jax.nn.dot_product_attention(
       q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
     )
   raise ValueError(f"attention={implementation!r} is unknown; choose one of {IMPLEMENTATIONS}")
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+def _xla(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
   # Heads before positions makes every product a plain batched matmul, and dividing by the softmax's
   # sum after the second one spares a pass over the scores: twice as fast on CPU, forward and back.
   B, T, N, H = q_BTNH.shape
-  K = k_BSKH.shape[2]
+  K = k_BKSH.shape[1]
   q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   scores_BKGTS = jnp.einsum(
     "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
   )

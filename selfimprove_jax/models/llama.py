@@ -94,12 +94,12 @@ class LlamaConfig:
 class Cache:
   """Keys and values of every position seen so far; an argument and a result of the model."""
 
-  k_LBSKH: Float[Array, "L B S K H"]
-  v_LBSKH: Float[Array, "L B S K H"]
+  k_LBKSH: Float[Array, "L B K S H"]
+  v_LBKSH: Float[Array, "L B K S H"]
 
 
 def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
-  shape = (c.num_layers, batch, length, c.num_kv_heads, c.head_dim)
+  shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
   return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
 
 
@@ -150,20 +150,21 @@ class Attention(nn.Module):
     k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
     if cache is None:
-      k_BSKH, v_BSKH, key_positions_BS = k_BTKH, v_BTKH, positions_BT
+      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+      key_positions_BS = positions_BT
     else:
       rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
       cache = Cache(
-        cache.k_LBSKH.at[layer, rows_B1, positions_BT].set(k_BTKH),
-        cache.v_LBSKH.at[layer, rows_B1, positions_BT].set(v_BTKH),
+        cache.k_LBKSH.at[layer, rows_B1, :, positions_BT].set(k_BTKH),
+        cache.v_LBKSH.at[layer, rows_B1, :, positions_BT].set(v_BTKH),
       )
-      k_BSKH, v_BSKH = cache.k_LBSKH[layer], cache.v_LBSKH[layer]
-      B, S = k_BSKH.shape[:2]
+      k_BKSH, v_BKSH = cache.k_LBKSH[layer], cache.v_LBKSH[layer]
+      B, _, S, _ = k_BKSH.shape
       key_positions_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
     context_BTNH = attend(
       q_BTNH,
-      k_BSKH,
-      v_BSKH,
+      k_BKSH,
+      v_BKSH,
       query_positions_BT=positions_BT,
       key_positions_BS=key_positions_BS,
       query_segments_BT=segments_BT,

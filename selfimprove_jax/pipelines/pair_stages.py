@@ -27,10 +27,7 @@ def embeddings(context: Context, *, method: str, **options: Any) -> dict[str, An
   """
   tokens = context.inputs["tokens"]
   texts = {role: [r["text"] for r in paired_documents(tokens, role)] for role in ROLES}
-  embed = {"tfidf_svd": _tfidf_svd, "seed_model": _seed_model}
-  if method not in embed:
-    raise ValueError(f"embedding method {method!r} is unknown; choose one of {list(embed)}")
-  function, flops_per_token = embed[method](context, texts["unique"], **options)
+  function, flops_per_token = EMBEDDINGS[method](context, texts["unique"], **options)
   num_tokens = 0
   for role in ROLES:
     shard = f"{role}.zarr"
@@ -77,6 +74,10 @@ def _seed_model(context, texts, *, mesh, batch_size, seq_len):
   return embed, model.c.forward_flops_per_token(seq_len)
 
 
+# Method -> function of (context, unique texts, options), giving (texts -> embeddings, FLOPs/token).
+EMBEDDINGS = {"tfidf_svd": _tfidf_svd, "seed_model": _seed_model}
+
+
 def make_pairs(
   context: Context,
   *,
@@ -84,6 +85,7 @@ def make_pairs(
   seed: int,
   search: dict[str, Any],
   recall_sample: int,
+  max_gap_pairs: int,
   filters: dict[str, Any],
 ) -> dict[str, Any]:
   """Pairs the documents of each role with each other, and packs what the synthesizer reads.
@@ -96,6 +98,7 @@ def make_pairs(
   Args:
     search: `ann.find_neighbors`' method, exact_below and num_neighbors.
     recall_sample: queries whose neighbours are compared with exact search.
+    max_gap_pairs: held-out pairs, evenly spread, that the gap is measured on.
     filters: thresholds of `pairs.make_pairs`.
   """
   tokenizer = open_tokenizer(context.inputs["tokenizer"])
@@ -123,8 +126,9 @@ def make_pairs(
 
     if role == "test":
       # Sorted by d2, the two lists hold the same d2 at every place.
-      pack("gap-true", sorted(true, key=_d2), keep_order=True)
-      pack("gap-random", sorted(random, key=_d2), keep_order=True)
+      stride = -(-len(true) // max_gap_pairs)
+      pack("gap-true", sorted(true, key=_d2)[::stride], keep_order=True)
+      pack("gap-random", sorted(random, key=_d2)[::stride], keep_order=True)
     else:
       pack(f"nearest-{role}", true)
       pack(f"random-{role}", random)

@@ -29,18 +29,25 @@ class StageError(RuntimeError):
   """A stage failed; the message is its own."""
 
 
-def build(config: dict[str, Any]) -> list[Stage]:
-  """The stages of the pipeline that a config names.
+def check(config: dict[str, Any]) -> None:
+  """Finds misspelt and missing keys in every section, before anything runs.
 
   Raises:
-    ValueError: there is no such pipeline.
+    ValueError: there is one, which is named; or there is no such pipeline.
   """
+  from selfimprove_jax.pipelines import sbp_config
+
+  checks = {"sbp": sbp_config.check}
+  if config.get("pipeline") not in checks:
+    raise ValueError(f"pipeline={config.get('pipeline')!r} is unknown; there are {sorted(checks)}")
+  checks[config["pipeline"]](config)
+
+
+def build(config: dict[str, Any]) -> list[Stage]:
+  """The stages of the pipeline that a checked config names."""
   from selfimprove_jax.pipelines import sbp
 
-  pipelines = {"sbp": sbp.build}
-  if config["pipeline"] not in pipelines:
-    raise ValueError(f"pipeline {config['pipeline']!r} is unknown; there are {sorted(pipelines)}")
-  return pipelines[config["pipeline"]](config)
+  return {"sbp": sbp.build}[config["pipeline"]](config)
 
 
 def run(
@@ -57,13 +64,13 @@ def run(
     verify: compare complete artefacts with their checksums, not their sizes alone.
 
   Raises:
+    ValueError: the config has a missing or unknown key, or `only` an unknown stage.
     artifacts.ConfigMismatchError: the folder belongs to another config.
     StageError: a stage failed.
   """
+  check(config)
   stages = build(config)
   chosen = select(stages, only)
-  for stage in stages:
-    stage.load()  # a misspelt key fails now, not in an hour
   artifacts.check_same_config(run_folder / CONFIG, config)
   for stage in stages:
     stages_lib.check_config(stage, run_folder)

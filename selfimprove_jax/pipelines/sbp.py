@@ -16,27 +16,15 @@ from selfimprove_jax.pipelines.stages import Plan, Stage
 REAL = ("unique", "oracle")
 TUNED_ON = {"sbp": "nearest", "random_pairs": "random"}
 SYNTHETIC = ("sbp", "unconditional", "random_pairs")
-SECTIONS = (
-  *("pipeline", "title", "seed", "mesh", "runtime"),
-  *("corpus", "tokenizer", "tokens", "model", "training", "total_tokens", "seed_model"),
-  *("embeddings", "pairs", "synthesizer", "synthesis", "synthetic_rows", "relevance"),
-  *("arms", "evaluation", "comparison"),
-)
 
 
 def build(config: dict[str, Any]) -> list[Stage]:
-  """The stages of a config, each after those it reads.
+  """The stages of a config that `sbp_config.check` has passed, each after those it reads.
 
   Raises:
-    ValueError: a section is missing or unknown, or an arm draws from an unknown source.
-    TypeError: a key of a section is missing or unknown.
+    ValueError: an arm draws from an unknown source, or the model's shape is impossible.
   """
   c = config
-  if c.keys() != set(SECTIONS):
-    raise ValueError(
-      f"the config lacks the sections {sorted(set(SECTIONS) - c.keys())} and has unknown ones: "
-      f"{sorted(c.keys() - set(SECTIONS))}"
-    )
   used = {source for arm in c["arms"].values() for source in arm["mixture"]}
   if unknown := used - {*REAL, *SYNTHETIC}:
     raise ValueError(f"arms draw from {sorted(unknown)}; there are {[*REAL, *SYNTHETIC]}")
@@ -139,8 +127,6 @@ def _arm(name: str, c: dict[str, Any], arm: dict[str, Any], inputs: dict[str, st
   arm = dict(arm)
   del arm["label"]  # how it is shown changes nothing that is trained
   matched = arm.pop("all_in_of")
-  if unknown := arm.keys() - {"mixture", "weight_decay", "dropout_rate"}:
-    raise TypeError(f"arm {name!r} has unknown keys {sorted(unknown)}")
   stage = _pretraining(f"arms/{name}", c, {**arm, "total_tokens": c["total_tokens"]}, inputs)
   if matched is None:
     return stage

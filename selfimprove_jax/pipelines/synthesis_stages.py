@@ -192,5 +192,5 @@ def relevance(context: Context, *, dim: int, sample_size: int, seed: int) -> dic
     "own": found.own_seed.to_dict(),
     "random": found.random_seed.to_dict(),
     "real": found.real_pairs.to_dict(),
-    "retained_share": share.to_dict() if hasattr(share, "to_dict") else share,
+    "retained_share": None if share is None else share.value,
   }

@@ -8,11 +8,13 @@ notice is noticed here, and the step before is used.
 import logging
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from selfimprove_jax.training.train_step import TrainState
 
@@ -51,9 +53,16 @@ class Checkpoints:
     """Opens or creates the folder.
 
     Args:
-      keep: how many of the last steps stay, beside those that `save` was told to protect.
+      keep: how many of the last steps stay, beside those that `save` was told to protect; one more
+        while a new one is being written.
+
+    Raises:
+      ValueError: `keep` is below 1.
     """
+    if keep < 1:
+      raise ValueError(f"keep={keep} must be at least 1: a run goes on from its last checkpoint")
     self._keep = keep
+    self._protected: frozenset[int] | None = None  # None: nothing was saved, so nothing is deleted
     options = ocp.CheckpointManagerOptions(
       enable_async_checkpointing=True, cleanup_tmp_directories=True
     )
@@ -63,42 +72,53 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, protect: frozenset[int] = frozenset()) -> None:
-    """Starts to write a step, and deletes old ones except the last `keep` and `protect`.
+    """Starts to write a step; of those on disk only the last `keep` and `protect` stay.
 
     Returns once the state may be donated; `wait` returns once it is on disk.
     """
     step = int(state.step)
+    self._protected = protect
     if step in self._manager.all_steps():
       return
+    # Not after: until the new one is on disk, an old one is all there is.
+    self.wait()
     if jax.default_backend() == "cpu":
       # Orbax would read the live buffers, which the next step is allowed to overwrite.
       state = jax.tree.map(jnp.copy, state)
+    optimizer = {"opt_state": state.opt_state, "step": state.step}
     self._manager.save(
       step,
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave({"opt_state": state.opt_state, "step": state.step}),
+        optimizer=ocp.args.StandardSave(optimizer),
         checksums=ocp.args.JsonSave(
-          {"params": checksums(state.params), "optimizer": checksums(state.opt_state)}
+          {"params": checksums(state.params), "optimizer": checksums(optimizer)}
         ),
       ),
     )
-    for old in self.steps()[: -self._keep]:
-      if old not in protect:
-        self._manager.delete(old)
 
   def restore_last(self, abstract: TrainState) -> TrainState | None:
     """The newest state that is whole, on the shardings of `abstract`; None if there is none.
 
-    Damaged steps are reported and deleted.
+    Damaged steps are reported, and set aside as `<step>.damaged`.
     """
     for step in reversed(self.steps()):
       try:
         return self._restore(step, abstract)
       except DamagedCheckpointError as error:
         _logger.warning("%s; going back to the checkpoint before it", error)
-        self._manager.delete(step)
+        self._set_aside(step)
     return None
+
+  def _set_aside(self, step: int) -> None:
+    # Not deleted: what could not be read now (too little memory, a network disk) may be whole.
+    path = self._path(step)
+    aside = path.with_name(f"{step}.damaged")
+    if jax.process_index() == 0:
+      shutil.rmtree(aside, ignore_errors=True)
+      path.rename(aside)
+    multihost_utils.sync_global_devices("checkpoint set aside")
+    self._manager.reload()
 
   def _restore(self, step: int, abstract: TrainState) -> TrainState:
     optimizer = {"opt_state": abstract.opt_state, "step": abstract.step}
@@ -116,7 +136,7 @@ class Checkpoints:
         f"checkpoint {self._path(step)} can't be read: {error}"
       ) from error
     self._compare(step, "params", restored.params, restored.checksums)
-    self._compare(step, "optimizer", restored.optimizer["opt_state"], restored.checksums)
+    self._compare(step, "optimizer", restored.optimizer, restored.checksums)
     return TrainState(
       step=restored.optimizer["step"],
       params=restored.params,
@@ -144,11 +164,9 @@ class Checkpoints:
     return restored.params
 
   def _compare(self, step, part, tree, saved):
-    found = checksums(tree)
-    wrong = [path for path, value in saved[part].items() if found.get(path) != value]
-    if wrong:
+    if saved.get(part) != checksums(tree):
       raise DamagedCheckpointError(
-        f"checkpoint {self._path(step)} is damaged: checksums differ for {part} {wrong[:3]}"
+        f"checkpoint {self._path(step)} is damaged: checksums of {part} are not those saved"
       )
 
   def _path(self, step):
@@ -157,6 +175,10 @@ class Checkpoints:
   def wait(self) -> None:
     """Returns when everything saved is on disk; raises what the writing raised."""
     self._manager.wait_until_finished()
+    if self._protected is not None:
+      for old in self.steps()[: -self._keep]:
+        if old not in self._protected:
+          self._manager.delete(old)
 
   def delete_after(self, step: int) -> None:
     """Deletes checkpoints beyond a step."""
@@ -165,6 +187,7 @@ class Checkpoints:
         self._manager.delete(later)
 
   def close(self) -> None:
+    self.wait()
     self._manager.close()
 
   def __enter__(self) -> "Checkpoints":

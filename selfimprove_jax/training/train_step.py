@@ -19,13 +19,15 @@ from selfimprove_jax.training import losses
 class TrainState:
   """All that a run carries from step to step; the data's state is `step` too.
 
+  The same tree holds the shardings of such a state, or its shapes.
+
   Attributes:
     step: number of updates made.
     params: float32 parameters.
     opt_state: optax's state for them.
   """
 
-  step: jax.Array
+  step: Any
   params: Any
   opt_state: Any
 
@@ -127,7 +129,15 @@ def train_step(
   weighted by target tokens, so that the update is that of the whole batch however unevenly the
   targets fall. Metrics: `loss` (nats per target token), `grad_norm` (before clipping), `tokens`
   (targets), `learning_rate`.
+
+  Raises:
+    ValueError: the batch does not divide into `accumulation_steps` parts.
   """
+  num_rows = len(batch["tokens"])
+  if num_rows % accumulation_steps:
+    raise ValueError(
+      f"a batch of {num_rows} rows does not divide into {accumulation_steps} accumulation_steps"
+    )
   num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
   key = jax.random.fold_in(dropout_key, state.step)
 

@@ -20,8 +20,8 @@ def _attend(q, k, v, *, segments=SEGMENTS, positions=POSITIONS, implementation="
   segments = None if segments is None else jnp.array(segments)
   return attention.attend(
     q,
-    k,
-    v,
+    jnp.swapaxes(k, 1, 2),
+    jnp.swapaxes(v, 1, 2),
     query_positions_BT=jnp.array(positions),
     key_positions_BS=jnp.array(positions),
     query_segments_BT=segments,
@@ -92,8 +92,8 @@ def test_an_implementation_that_cannot_use_a_cache_refuses_it():
   with pytest.raises(ValueError, match="'cudnn' takes neither"):
     attention.attend(
       q[:, :1],
-      k,
-      v,
+      jnp.swapaxes(k, 1, 2),
+      jnp.swapaxes(v, 1, 2),
       query_positions_BT=jnp.array(POSITIONS[:, :1]),
       key_positions_BS=jnp.array(POSITIONS),
       query_segments_BT=None,

@@ -1,0 +1,114 @@
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from selfimprove_jax import partitioning
+from selfimprove_jax.models import llama
+
+
+def _abstract_params(**changes):
+  shape = dict(num_layers=2, embed_dim=16, mlp_dim=32, num_heads=4, num_kv_heads=4, head_dim=4)
+  config = llama.LlamaConfig(**{"vocab_size": 32, "tie_embeddings": False, **shape, **changes})
+  tokens = jax.ShapeDtypeStruct((1, 2), np.int32)
+  init = functools.partial(jax.eval_shape, llama.Llama(config).init, jax.random.key(0))
+  return init(tokens, tokens)["params"]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "expected"),
+  [((1, -1, 2), (1, 4, 2)), ((-1, 1, 1), (8, 1, 1)), ((2, 2, -1), (2, 2, 2)), ((1, 8, 1),) * 2],
+)
+def test_a_size_of_minus_one_takes_what_is_left(sizes, expected):
+  mesh = partitioning.make_mesh(**dict(zip(partitioning.AXES, sizes)))
+  assert mesh.shape == dict(zip(partitioning.AXES, expected))
+  assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "found"),
+  [
+    ((1, 3, 1), "'fsdp': 3.*8 devices"),
+    ((1, 3, -1), "'fsdp': 3, 'tensor': -1.*8 devices"),
+    ((2, 2, 1), "'data': 2, 'fsdp': 2.* has 4 places for 8 devices.*-1"),
+    ((2, 8, 1), "'data': 2, 'fsdp': 8.*8 devices"),
+    ((-1, -1, 1), "'data': -1, 'fsdp': -1.*8 devices"),
+    ((0, 8, 1), "'data': 0.*8 devices"),
+    ((-2, -4, 1), "'data': -2, 'fsdp': -4.*8 devices"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_sizes(sizes, found):
+  with pytest.raises(ValueError, match=found):
+    partitioning.make_mesh(**dict(zip(partitioning.AXES, sizes)))
+
+
+def test_parameters_are_laid_on_the_axes_of_the_table():
+  mesh = partitioning.make_mesh(data=1, fsdp=2, tensor=4)
+  shardings = partitioning.param_shardings(_abstract_params(), mesh)
+  specs = {
+    jax.tree_util.keystr(path, simple=True, separator="/"): sharding.spec
+    for path, sharding in jax.tree.leaves_with_path(shardings)
+  }
+  layers = {name: spec for name, spec in specs.items() if "scale" not in name}
+  assert layers == {
+    "embedding_VD": PartitionSpec("tensor", "fsdp"),
+    "head_DV": PartitionSpec("fsdp", "tensor"),
+    "layers/attention/wq_DNH": PartitionSpec(None, "fsdp", "tensor", None),
+    "layers/attention/wk_DKH": PartitionSpec(None, "fsdp", "tensor", None),
+    "layers/attention/wv_DKH": PartitionSpec(None, "fsdp", "tensor", None),
+    "layers/attention/wo_NHD": PartitionSpec(None, "tensor", None, "fsdp"),
+    "layers/mlp/w_gate_DF": PartitionSpec(None, "fsdp", "tensor"),
+    "layers/mlp/w_up_DF": PartitionSpec(None, "fsdp", "tensor"),
+    "layers/mlp/w_down_FD": PartitionSpec(None, "tensor", "fsdp"),
+  }
+  assert all(not any(spec) for name, spec in specs.items() if "scale" in name)
+
+
+@pytest.mark.parametrize(
+  ("changes", "mesh", "message"),
+  [
+    (
+      {"num_kv_heads": 2},
+      {"data": 1, "fsdp": 2, "tensor": 4},
+      r"\('tensor',\) of size 4 do not divide dimension 2 \(size 2\).*\['attention'\]\['wk_DKH'\]",
+    ),
+    (
+      {"embed_dim": 20},
+      {"data": 1, "fsdp": 8, "tensor": 1},
+      r"\('fsdp',\) of size 8 do not divide dimension 1 \(size 20\).*\['embedding_VD'\]",
+    ),
+    (
+      {"vocab_size": 33},
+      {"data": 4, "fsdp": 1, "tensor": 2},
+      r"\('tensor',\) of size 2 do not divide dimension 0 \(size 33\).*\['embedding_VD'\]",
+    ),
+  ],
+)
+def test_a_dimension_that_does_not_divide_is_refused_by_parameter_and_axis(changes, mesh, message):
+  with pytest.raises(ValueError, match=message):
+    partitioning.param_shardings(_abstract_params(**changes), partitioning.make_mesh(**mesh))
+
+
+def test_a_batch_lies_in_rows_over_data_and_fsdp_and_whole_over_tensor():
+  mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+  rows = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
+  batch = partitioning.global_batch({"tokens": rows}, mesh)
+  np.testing.assert_array_equal(batch["tokens"], rows)
+  shards = batch["tokens"].addressable_shards
+  assert partitioning.num_batch_shards(mesh) == len({shard.index[0].start for shard in shards}) == 4
+  assert {shard.data.shape for shard in shards} == {(2, 3)}
+
+
+def test_the_logical_constraints_of_the_model_reach_the_compiler():
+  mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+
+  def constrained(x):
+    with partitioning.axis_rules():
+      return nn.with_logical_constraint(x + 1, ("batch", "length", "act_embed"))
+
+  with jax.set_mesh(mesh):
+    out = jax.jit(constrained)(np.zeros((8, 2, 2), np.float32))
+  assert {shard.data.shape for shard in out.addressable_shards} == {(2, 2, 2)}
