@@ -2,7 +2,7 @@
 
   python -m selfimprove_jax.main --config=configs/sbp_quick.py --workdir=runs/sbp_quick
 
-quick: about 10 minutes on 2 CPU cores.  smoke: the same job in a minute, too small to mean anything.
+quick: about 10 minutes on 2 CPU cores.  smoke: the same job in a minute, too small to mean a thing.
 What came out: experiments/sbp_quick/README.md.
 """
 
@@ -81,7 +81,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     seed=0,
   )
   c.synthesis = dict(
-    target_tokens=total_tokens * 57 // 100,
+    target_tokens=total_tokens * 43 // 100,
     documents_per_shard=512 if quick else 128,
     max_shards=100,
     sampling=dict(temperature=1.0, top_k=0, top_p=1.0),
@@ -99,10 +99,10 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   c.relevance = dict(dim=128 if quick else 32, sample_size=500, seed=0)
   c.arms = dict(
     baseline=parts.arm("repeated", {"unique": 1.0}, weight_decay=2.0, dropout_rate=0.1),
-    sbp=parts.arm("SBP", {"unique": 0.5, "sbp": 0.5}, weight_decay=1.0, dropout_rate=0.0),
+    sbp=parts.arm("SBP", {"unique": 0.625, "sbp": 0.375}, weight_decay=1.0, dropout_rate=0.0),
     unconditional=parts.arm(
       "unconditional samples",
-      {"unique": 0.5, "unconditional": 0.5},
+      {"unique": 0.625, "unconditional": 0.375},
       weight_decay=1.0,
       dropout_rate=0.0,
     ),

@@ -155,6 +155,11 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
   return artifact
 
 
+def tidy(folder: str | os.PathLike) -> None:
+  """Removes from a complete artefact what a process left that was killed in its last act."""
+  (pathlib.Path(folder) / _JOURNAL).unlink(missing_ok=True)
+
+
 class Writer:
   """Writes one artefact; see the module's docstring for what ends up on disk."""
 
@@ -242,7 +247,7 @@ class Writer:
     """Writes the manifest, with which the artefact is complete."""
     shards = {name: self._journal[name] for name in sorted(self._journal)}
     write_json(self.folder / _MANIFEST, {"shards": shards, "summary": summary or {}})
-    (self.folder / _JOURNAL).unlink(missing_ok=True)
+    tidy(self.folder)
     return open_artifact(self.folder)
 
   def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:

@@ -23,9 +23,6 @@ _NUM_DEVICES = flags.DEFINE_integer("num_devices", 1, "With --dry_run: how many 
 _VERIFY = flags.DEFINE_bool(
   "verify", False, "Compare every complete artefact with its checksums first; rebuild damaged ones."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Start jax.distributed first: the same command on every host of a pod."
-)
 
 
 def main(argv: list[str]) -> None:
@@ -58,10 +55,6 @@ def _run(config):
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
-  if _DISTRIBUTED.value:
-    import jax
-
-    jax.distributed.initialize()
   from selfimprove_jax import report
   from selfimprove_jax.pipelines import sbp_report
   from selfimprove_jax.progress import Progress

@@ -66,31 +66,42 @@ def pretrain(
     artifact, prefix = (tokens, f"{name}.") if is_real else (context.inputs[name], "rows.")
     source = rows.open_rows(artifact, seq_len=seq_len, prefix=prefix)
     components.append(mixtures.Component(name, source, float(weight), repeat=is_real))
-  validation = rows.open_rows(tokens, seq_len=seq_len, prefix="validation.")
-  return _train(
+  network, mesh = LlamaConfig(**model), partitioning.make_mesh(**mesh)
+  summary, params = _train(
     context,
-    model=LlamaConfig(**model),
-    mesh=partitioning.make_mesh(**mesh),
+    model=network,
+    mesh=mesh,
     training=training,
     num_steps=num_steps,
     components=components,
-    validation=validation,
+    validation=rows.open_rows(tokens, seq_len=seq_len, prefix="validation."),
     weight_decay=weight_decay,
     evaluation=evaluation,
     seed=seed,
-    test_prefix="test.",
   )
+  test = rows.open_rows(tokens, seq_len=seq_len, prefix="test.")
+  found = _document_losses(context, network, mesh, params, test, evaluation)
+  context.writer.write_jsonl(
+    "test.jsonl",
+    (
+      {"nll": nll, "tokens": int(count), "bytes": int(num_bytes)}
+      for nll, count, num_bytes in zip(
+        found.nll_sums.tolist(), found.token_counts, found.byte_counts
+      )
+    ),
+  )
+  return summary
 
 
 def pretrain_all_in(
-  context: Context, *, matched_inputs: list[str], **options: Any
+  context: Context, *, num_steps: int, matched_inputs: list[str], **options: Any
 ) -> dict[str, Any]:
-  """An arm that trains for as many FLOPs as the inputs named took together, to the nearest step."""
+  """An arm that trains longer than `num_steps`, by what the inputs named cost in FLOPs together."""
   model, training = LlamaConfig(**options["model"]), options["training"]
   step_tokens = training["batch_rows"] * training["seq_len"]
   step_flops = step_tokens * model.train_flops_per_token(training["seq_len"])
-  total = sum(context.inputs[name].summary["flops"] for name in matched_inputs)
-  return pretrain(context, num_steps=round(total / step_flops), **options)
+  cost = sum(context.inputs[name].summary["flops"] for name in matched_inputs)
+  return pretrain(context, num_steps=num_steps + round(cost / step_flops), **options)
 
 
 def tune_synthesizer(
@@ -118,11 +129,12 @@ def tune_synthesizer(
   """
   mesh = partitioning.make_mesh(**mesh)
   seed_model, params = load_model(context.inputs["seed"], mesh)
+  model = dataclasses.replace(seed_model.c, dropout_rate=dropout_rate)
   artifact, seq_len = context.inputs["pairs"], training["seq_len"]
   source = rows.open_rows(artifact, seq_len=seq_len, prefix=f"{pairs}-unique.")
-  summary = _train(
+  summary, params = _train(
     context,
-    model=dataclasses.replace(seed_model.c, dropout_rate=dropout_rate),
+    model=model,
     mesh=mesh,
     training=training,
     num_steps=max(1, math.ceil(passes * len(source) / training["batch_rows"])),
@@ -132,13 +144,25 @@ def tune_synthesizer(
     evaluation=evaluation,
     seed=seed,
     initial_params=params,
-    gap_rows={
-      name: rows.open_rows(artifact, seq_len=seq_len, prefix=f"gap-{name}.")
-      for name in ("true", "random")
-    },
-    gate=gate,
   )
-  return summary
+  true, random = (
+    _document_losses(
+      context,
+      model,
+      mesh,
+      params,
+      rows.open_rows(artifact, seq_len=seq_len, prefix=f"gap-{d1}."),
+      evaluation,
+    )
+    for d1 in ("true", "random")
+  )
+  gap = conditioning.conditioning_gap(true.nll_sums, random.nll_sums, true.token_counts, gate=gate)
+  return {**summary, "conditioning": gap}
+
+
+def _document_losses(context, model, mesh, params, source, evaluation):
+  scorer = perplexity.RowScorer(Llama(model), mesh, source, batch_size=evaluation["batch_rows"])
+  return scorer.documents(params, open_tokenizer(context.inputs["tokenizer"]))
 
 
 def _train(
@@ -154,11 +178,8 @@ def _train(
   evaluation: dict[str, Any],
   seed: int,
   initial_params: Any = None,
-  test_prefix: str | None = None,
-  gap_rows: dict[str, rows.RowSource] | None = None,
-  gate: float = 0.0,
-) -> dict[str, Any]:
-  """One run of the loop and what is measured of its result.
+) -> tuple[dict[str, Any], Any]:
+  """One run of the loop: the summary of it, and the parameters that it ended with.
 
   Args:
     training: batch_rows, seq_len, peak_lr, final_lr, warmup_fraction, b1, b2, eps, clip_norm,
@@ -180,11 +201,9 @@ def _train(
     eps=t["eps"],
     clip_norm=t["clip_norm"],
   )
-  tokenizer = open_tokenizer(context.inputs["tokenizer"])
-  if tokenizer.vocab_size > model.vocab_size:
-    raise ValueError(
-      f"model.vocab_size={model.vocab_size} is below the tokenizer's {tokenizer.vocab_size}"
-    )
+  vocab_size = context.inputs["tokenizer"].summary["vocab_size"]
+  if vocab_size > model.vocab_size:
+    raise ValueError(f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}")
   mixture = mixtures.Mixture(
     components,
     batch_size=t["batch_rows"],
@@ -238,31 +257,4 @@ def _train(
     "best_validation": min(r["validation/loss"] for r in evaluations),
     "final_validation": evaluations[-1]["validation/loss"],
   }
-  if test_prefix is not None:
-    test = rows.open_rows(context.inputs["tokens"], seq_len=t["seq_len"], prefix=test_prefix)
-    found = perplexity.RowScorer(
-      network, mesh, test, batch_size=evaluation["batch_rows"]
-    ).documents(result.params, tokenizer)
-    context.writer.write_jsonl(
-      "test.jsonl",
-      (
-        {"nll": nll, "tokens": int(count), "bytes": int(num_bytes)}
-        for nll, count, num_bytes in zip(
-          found.nll_sums.tolist(), found.token_counts, found.byte_counts
-        )
-      ),
-    )
-  if gap_rows is not None:
-    scored = {
-      name: perplexity.RowScorer(
-        network, mesh, source, batch_size=evaluation["batch_rows"]
-      ).documents(result.params, tokenizer)
-      for name, source in gap_rows.items()
-    }
-    summary["conditioning"] = conditioning.conditioning_gap(
-      scored["true"].nll_sums,
-      scored["random"].nll_sums,
-      scored["true"].token_counts,
-      gate=gate,
-    )
-  return summary
+  return summary, result.params

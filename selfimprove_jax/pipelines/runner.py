@@ -79,13 +79,21 @@ def run(
   todo = [stage for stage in chosen if not stages_lib.is_complete(stage, run_folder)]
   for stage in chosen:
     if stage not in todo:
+      artifacts.tidy(run_folder / stage.name)
       print(f"{stage.name}: complete", flush=True)
   parallel = config["runtime"]["parallel_stages"]
-  if parallel > 1:
+  if parallel > 1 and _only_has_cpus():
     _run_processes(todo, chosen, run_folder, parallel)
   else:
     for stage in todo:
       stages_lib.run_stage(stage, run_folder, progress)
+
+
+def _only_has_cpus() -> bool:
+  """Accelerators are not shared between processes: there stages run in order, in this one."""
+  import jax
+
+  return jax.default_backend() == "cpu"
 
 
 def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:

@@ -130,12 +130,11 @@ def _arm(name: str, c: dict[str, Any], arm: dict[str, Any], inputs: dict[str, st
   stage = _pretraining(f"arms/{name}", c, {**arm, "total_tokens": c["total_tokens"]}, inputs)
   if matched is None:
     return stage
-  costs = {f"cost_{i}": stage_name for i, stage_name in enumerate(all_in_stages(matched, c))}
-  config = {k: v for k, v in stage.config.items() if k != "num_steps"}
+  costs = {f"cost_{i}": name for i, name in enumerate(all_in_stages(matched, c)[:-1])}
   return Stage(
     stage.name,
     "model_stages:pretrain_all_in",
-    {**config, "matched_inputs": list(costs)},
+    {**stage.config, "matched_inputs": list(costs)},
     {**inputs, **costs},
     Plan(state_bytes=stage.plan.state_bytes),
     uses_devices=True,

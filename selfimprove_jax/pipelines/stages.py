@@ -48,8 +48,8 @@ class Plan:
     state_bytes: parameters, gradients and optimizer state on the devices together.
   """
 
-  tokens: float | None = None
-  flops: float | None = None
+  tokens: int | None = None
+  flops: float | int | None = None
   state_bytes: float | None = None
 
 
@@ -131,10 +131,11 @@ def run_stage(stage: Stage, run_folder: pathlib.Path, progress: Progress) -> Non
     artifacts.ArtifactError: an input is unfinished or damaged.
     artifacts.ConfigMismatchError: the folder holds another config, or was made from other inputs.
   """
-  if is_complete(stage, run_folder):
-    return
   function = stage.load()
   with _lock(run_folder / stage.name):
+    if is_complete(stage, run_folder):
+      artifacts.tidy(run_folder / stage.name)
+      return
     inputs = {
       role: artifacts.open_artifact(run_folder / name) for role, name in stage.inputs.items()
     }

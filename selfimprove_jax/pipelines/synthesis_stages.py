@@ -1,6 +1,8 @@
 """Stages that sample: synthetic documents, and the rows made from those that pass the filters."""
 
 import collections
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 from selfimprove_jax import partitioning
@@ -44,8 +46,44 @@ def sample(
   """
   tokenizer = open_tokenizer(context.inputs["tokenizer"])
   documents = paired_documents(context.inputs["tokens"], "unique")
-  mesh = partitioning.make_mesh(**mesh)
-  engine: Engine | None = None
+
+  @functools.cache
+  def engine() -> Engine:  # not made where every shard is there already
+    on = partitioning.make_mesh(**mesh)
+    network, params = load_model(context.inputs["model"], on)
+    return Engine(
+      network,
+      params,
+      on,
+      sampling=SamplingConfig(**sampling),
+      eos_id=tokenizer.eos_id,
+      pad_id=tokenizer.pad_id,
+      batch_size=batch_size,
+      prompt_buckets=prompt_buckets,
+      max_new_tokens=max_new_tokens,
+    )
+
+  def synthesize(numbers: range) -> Iterator[dict[str, Any]]:
+    seeds: list[dict[str, Any] | None] = [None] * len(numbers)
+    prompts = [sbp.unconditional_prompt(tokenizer)] * len(numbers)
+    if conditional:
+      chosen = (sbp.seed_index(n, num_documents=len(documents), seed=seed) for n in numbers)
+      seeds = [documents[index] for index in chosen]
+      ids = tokenizer.encode_batch([document["text"] for document in seeds])
+      prompts = [sbp.conditional_prompt(d1_ids, tokenizer) for d1_ids in ids]
+    completions = engine().generate(
+      prompts, seed=seed, record_ids=numbers, on_batch=lambda _, tokens: bar.update(tokens)
+    )
+    for number, document, prompt, completion in zip(numbers, seeds, prompts, completions):
+      yield sbp.synthetic_record(
+        number,
+        source=context.folder.name,
+        seed_document=document,
+        prompt=prompt,
+        completion=completion,
+        tokenizer=tokenizer,
+      )
+
   totals: collections.Counter[str] = collections.Counter()
   finish_reasons: collections.Counter[str] = collections.Counter()
   with context.progress.track(target_tokens, label=context.name, unit="tokens") as bar:
@@ -53,52 +91,8 @@ def sample(
       if totals["tokens"] >= target_tokens:
         break
       name = f"{shard:05d}.jsonl"
-      if not context.writer.has(name):
-        if engine is None:
-          network, params = load_model(context.inputs["model"], mesh)
-          engine = Engine(
-            network,
-            params,
-            mesh,
-            sampling=SamplingConfig(**sampling),
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            batch_size=batch_size,
-            prompt_buckets=prompt_buckets,
-            max_new_tokens=max_new_tokens,
-          )
-        numbers = range(shard * documents_per_shard, (shard + 1) * documents_per_shard)
-        seeds, prompts = [], []
-        for number in numbers:
-          index = sbp.seed_index(number, num_documents=len(documents), seed=seed)
-          seeds.append(documents[index] if conditional else None)
-          prompts.append(
-            sbp.conditional_prompt(tokenizer.encode(documents[index]["text"]), tokenizer)
-            if conditional
-            else sbp.unconditional_prompt(tokenizer)
-          )
-        completions = engine.generate(
-          prompts,
-          seed=seed,
-          record_ids=numbers,
-          on_batch=lambda _, tokens: bar.update(tokens),
-        )
-        context.writer.write_jsonl(
-          name,
-          (
-            sbp.synthetic_record(
-              number,
-              source=context.folder.name,
-              seed_document=seed_document,
-              prompt=prompt,
-              completion=completion,
-              tokenizer=tokenizer,
-            )
-            for number, seed_document, prompt, completion in zip(
-              numbers, seeds, prompts, completions
-            )
-          ),
-        )
+      first = shard * documents_per_shard
+      context.writer.write_jsonl(name, synthesize(range(first, first + documents_per_shard)))
       for record in context.writer.read_jsonl(name):
         totals["documents"] += 1
         totals["tokens"] += record["num_tokens"]

@@ -117,7 +117,7 @@ def tokens(
   documents = context.inputs["documents"]
   summary: dict[str, Any] = {}
 
-  def encoded(role: str, budget: float) -> Iterator[tuple[dict[str, Any], list[int]]]:
+  def encoded(role: str, budget: float | int) -> Iterator[tuple[dict[str, Any], list[int]]]:
     spent = 0
     records = role_records(documents, role)
     while batch := list(itertools.islice(records, batch_documents)):
@@ -151,7 +151,7 @@ def tokens(
     raise ValueError(
       f"the corpus is smaller than the budget asks: unique_tokens={unique_tokens}, and the "
       f"training documents hold {summary['unique']['tokens']}. Give it more text, or lower "
-      f"unique_tokens to that"
+      f"unique_tokens to that, and begin in another workdir: this one holds the corpus as it was"
     )
   return summary
 

@@ -12,7 +12,7 @@ POSITIONS = np.array([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]], np.int32)
 
 def _qkv(scale=1.0, dtype=np.float32):
   r = np.random.default_rng(0)
-  shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
+  shapes = ((B, T, N, H), (B, K, T, H), (B, K, T, H))
   return [jnp.array(scale * r.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -20,8 +20,8 @@ def _attend(q, k, v, *, segments=SEGMENTS, positions=POSITIONS, implementation="
   segments = None if segments is None else jnp.array(segments)
   return attention.attend(
     q,
-    jnp.swapaxes(k, 1, 2),
-    jnp.swapaxes(v, 1, 2),
+    k,
+    v,
     query_positions_BT=jnp.array(positions),
     key_positions_BS=jnp.array(positions),
     query_segments_BT=segments,
@@ -36,9 +36,9 @@ def _by_hand(q, k, v):
   out = np.zeros((B, T, N, H))
   for b, t, n in np.ndindex(B, T, N):
     seen = [s for s in range(t + 1) if SEGMENTS[b, s] == SEGMENTS[b, t]]
-    scores = k[b, seen, n // (N // K)] @ q[b, t, n] / H**0.5
+    scores = k[b, n // (N // K), seen] @ q[b, t, n] / H**0.5
     weights = np.exp(scores - scores.max())
-    out[b, t, n] = weights / weights.sum() @ v[b, seen, n // (N // K)]
+    out[b, t, n] = weights / weights.sum() @ v[b, n // (N // K), seen]
   return out
 
 
@@ -92,8 +92,8 @@ def test_an_implementation_that_cannot_use_a_cache_refuses_it():
   with pytest.raises(ValueError, match="'cudnn' takes neither"):
     attention.attend(
       q[:, :1],
-      jnp.swapaxes(k, 1, 2),
-      jnp.swapaxes(v, 1, 2),
+      k,
+      v,
       query_positions_BT=jnp.array(POSITIONS[:, :1]),
       key_positions_BS=jnp.array(POSITIONS),
       query_segments_BT=None,
@@ -110,7 +110,8 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA GPU")
 def test_cudnn_agrees_with_xla_on_rows_of_one_document():
   r = np.random.default_rng(0)
-  q, k, v = (jnp.array(r.normal(size=(2, 64, n, 64)), jnp.bfloat16) for n in (4, 2, 2))
+  shapes = ((2, 64, 4, 64), (2, 2, 64, 64), (2, 2, 64, 64))
+  q, k, v = (jnp.array(r.normal(size=shape), jnp.bfloat16) for shape in shapes)
   positions = np.broadcast_to(np.arange(64, dtype=np.int32), (2, 64))
   outs = [
     np.float32(_attend(q, k, v, segments=None, positions=positions, implementation=name))

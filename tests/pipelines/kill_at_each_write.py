@@ -1,9 +1,8 @@
-"""Makes stages of a run, killed in turn before and after each of their writes: RUN STAGE STAGE ...
+"""Makes stages of a run, each killed once at every file it is about to write: RUN STAGE STAGE ...
 
-Prints how often each was killed before it was done. Not a test; test_resume.py runs it.
+Prints where each was killed before it was done. Not a test; test_resume.py runs it.
 """
 
-import itertools
 import os
 import pathlib
 import signal
@@ -24,42 +23,47 @@ def main() -> None:
   run_folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
   by_name = {stage.name: stage for stage in runner.build(runner.read_config(run_folder))}
   for name in names:
-    for attempt in itertools.count():
-      if not _is_killed(by_name[name], run_folder, attempt):
-        print(name, attempt, flush=True)
-        break
+    points: list[str] = []
+    while point := _killed_at(by_name[name], run_folder, points):
+      points.append(point)
+    print(name, *points, flush=True)
 
 
-def _is_killed(stage, run_folder, attempt) -> bool:
+def _killed_at(stage, run_folder, points) -> str:
+  """Runs the stage up to the first point that is not among `points`; "" if it came to its end."""
+  read, write = os.pipe()
   child = os.fork()
   if child == 0:
     try:
-      _kill_at(attempt)
+      _die_at_a_new_point(points, write)
       stages.run_stage(stage, run_folder, Progress(quiet=True))
       os._exit(0)
     except BaseException:
       traceback.print_exc()
       os._exit(1)
+  os.close(write)
+  with os.fdopen(read) as pipe:
+    point = pipe.read()
   _, status = os.waitpid(child, 0)
-  if os.WIFSIGNALED(status):
-    return True
-  if status:
+  if not os.WIFSIGNALED(status) and status:
     sys.exit(f"{stage.name} failed")
-  return False
+  return point
 
 
-def _kill_at(attempt: int) -> None:
-  """From here on, rename number `attempt // 2` is this process's last act, or is not made."""
-  count = itertools.count()
+def _die_at_a_new_point(points: list[str], pipe: int) -> None:
+  """From here on, this process is killed before it renames a file, or after an important one."""
   rename = pathlib.Path.replace
 
+  def pass_by(point):
+    if point not in points:
+      os.write(pipe, point.encode())
+      os.kill(os.getpid(), signal.SIGKILL)
+
   def replace(self, target):
-    here = next(count) == attempt // 2
-    if here and attempt % 2 == 0:
-      os.kill(os.getpid(), signal.SIGKILL)
+    pass_by(f"before:{target.name}")
     rename(self, target)
-    if here:
-      os.kill(os.getpid(), signal.SIGKILL)
+    if target.name in ("config.json", "manifest.json"):
+      pass_by(f"after:{target.name}")
 
   pathlib.Path.replace = replace
 

@@ -1,0 +1,342 @@
+import dataclasses
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from selfimprove_jax.data import mixture
+from selfimprove_jax.progress import Progress
+from selfimprove_jax.training import checkpoint, loop, preemption
+from selfimprove_jax.training.metrics_log import read_metrics
+
+NUM_STEPS = 12
+SCHEDULE = loop.Schedule(
+  num_steps=NUM_STEPS, board_every=4, evaluate_every=4, checkpoint_every=3, keep=2
+)
+REPO = pathlib.Path(__file__).resolve().parents[2]
+
+
+class _PoisonedMixture(mixture.Mixture):
+  """Its batch of index 7 holds a token that the vocabulary lacks."""
+
+  def batch(self, step):
+    batch = super().batch(step)
+    if step == 7:
+      batch["tokens"] = np.full_like(batch["tokens"], 10_000)
+    return batch
+
+
+@pytest.fixture
+def train(make_setup, source, one_device_mesh):
+  """Trains in a folder; keyword arguments replace what differs."""
+  setup = make_setup()
+
+  def make(folder, *, schedule=SCHEDULE, kind=mixture.Mixture, **changes):
+    rows = [mixture.Component("unique", source, 1.0, True)]
+    arguments = dict(
+      folder=folder,
+      model=setup.model,
+      tx=setup.tx,
+      learning_rate=setup.learning_rate,
+      mesh=one_device_mesh,
+      mixture=kind(rows, batch_size=4, num_steps=schedule.num_steps, seed=0),
+      schedule=schedule,
+      seed=0,
+      evaluate=_norm,
+      label="test",
+      progress=Progress(stream=io.StringIO()),
+    )
+    return loop.train(**(arguments | changes))
+
+  return make
+
+
+def _norm(params):
+  """Stands in for a held-out loss: any number that depends on the parameters."""
+  return float(sum(np.abs(x).sum(dtype=np.float64) for x in jax.tree.leaves(params)))
+
+
+class _Scripted:
+  """Evaluations that give what is written, and remember the parameters they were given."""
+
+  def __init__(self, losses):
+    self.losses = iter(losses)
+    self.seen = []
+
+  def __call__(self, params):
+    self.seen.append(jax.tree.map(lambda x: np.array(x, copy=True), params))
+    return next(self.losses)
+
+
+def _stop_at(monkeypatch, num_steps):
+  """Lets SIGTERM seem to come in the given step of the next run."""
+  steps = iter(range(1, 1000))
+  monkeypatch.setattr(preemption, "requested", lambda: next(steps) == num_steps)
+
+
+def _assert_same(found, expected):
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """Filled by the first test that needs a whole run: its folder and result."""
+  return tmp_path_factory.mktemp("finished"), []
+
+
+@pytest.fixture
+def uninterrupted(train, finished):
+  folder, results = finished
+  if not results:
+    results.append(train(folder))
+  return folder, results[0]
+
+
+def test_every_step_is_in_the_metrics_and_evaluations_where_the_schedule_has_them(uninterrupted):
+  folder, result = uninterrupted
+  records = read_metrics(folder / "metrics.jsonl")
+  assert records == result.curve
+  trained = [r for r in records if "train/loss" in r]
+  assert [r["step"] for r in trained] == list(range(1, NUM_STEPS + 1))
+  assert set(trained[0]) == {
+    "step",
+    "train/loss",
+    "train/grad_norm",
+    "train/tokens",
+    "train/learning_rate",
+  }
+  assert [r["step"] for r in records if "validation/loss" in r] == [0, 4, 8, 12]
+  assert trained[-1]["train/loss"] < trained[0]["train/loss"]
+  assert records[-1]["validation/loss"] == _norm(result.params)
+  assert (result.step, result.steps_made) == (NUM_STEPS, NUM_STEPS)
+
+
+def test_the_last_checkpoints_stay(uninterrupted):
+  folder, _ = uninterrupted
+  assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["12", "9"]
+
+
+def test_a_finished_run_does_nothing_when_run_again(uninterrupted, train):
+  folder, result = uninterrupted
+
+  def files():
+    return {
+      path: path.read_bytes()
+      for path in folder.rglob("*")
+      if path.is_file() and "tensorboard" not in path.parts
+    }
+
+  before = files()
+  again = train(folder, evaluate=_Scripted([]))
+  assert files() == before
+  _assert_same(again.params, result.params)
+  assert dataclasses.replace(again, params=None) == dataclasses.replace(result, params=None)
+
+
+def test_sigterm_saves_and_leaves_with_143_and_the_run_goes_on_as_if_nothing_had_been(
+  uninterrupted, train, tmp_path, monkeypatch
+):
+  folder, result = uninterrupted
+  for stop in (1, 4, 2):  # counted from where the run goes on: in steps 1, 5 and 7
+    _stop_at(monkeypatch, stop)
+    with pytest.raises(preemption.Preempted) as raised:
+      train(tmp_path)
+    assert raised.value.code == 143
+  assert "stopped at step 7, state saved" in raised.value.message
+  assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 7
+  monkeypatch.setattr(preemption, "requested", lambda: False)
+  resumed = train(tmp_path)
+  _assert_same(resumed.params, result.params)
+  assert resumed.curve == result.curve
+  assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
+  uninterrupted, train, tmp_path, monkeypatch, caplog
+):
+  folder, result = uninterrupted
+  _stop_at(monkeypatch, 8)
+  with pytest.raises(preemption.Preempted):
+    train(tmp_path)
+  metadata = tmp_path / "checkpoints" / "8" / "checksums" / "metadata"
+  metadata.write_bytes(metadata.read_bytes()[:-5])
+  monkeypatch.setattr(preemption, "requested", lambda: False)
+  resumed = train(tmp_path)
+  assert "going back to the checkpoint before it" in caplog.text
+  _assert_same(resumed.params, result.params)
+  assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+  train, tmp_path, make_setup, one_device_mesh
+):
+  message = r"test: step 8 has loss nan .* good checkpoint is of step 6\. Lower the learning rate"
+  for _ in range(2):  # to run it again changes nothing
+    with pytest.raises(loop.LossIsNotFiniteError, match=message):
+      train(tmp_path, kind=_PoisonedMixture)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[-1]["step"] == 7
+    assert all(np.isfinite(list(r.values())).all() for r in records)
+  with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+    assert checkpoints.steps() == [3, 6]
+    restored = checkpoints.restore_last(make_setup().abstract(one_device_mesh))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.params))
+
+
+def test_a_loss_that_is_not_finite_in_a_step_that_saves_is_not_saved(train, tmp_path):
+  schedule = dataclasses.replace(SCHEDULE, checkpoint_every=8)
+  with pytest.raises(loop.LossIsNotFiniteError, match="good checkpoint is of step None"):
+    train(tmp_path, schedule=schedule, kind=_PoisonedMixture)
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+PATIENT = dataclasses.replace(
+  SCHEDULE, evaluate_every=1, checkpoint_every=NUM_STEPS, keep=1, patience=3
+)
+# The best is of step 2; after three that are no better the run stops, at step 5.
+LOSSES = [9.0, 5.0, 3.0, 4.0, 3.0, 3.5]
+
+
+def test_early_stopping_gives_the_best_parameters(train, tmp_path):
+  evaluate = _Scripted(LOSSES)
+  result = train(tmp_path, schedule=PATIENT, evaluate=evaluate)
+  assert (result.step, result.steps_made) == (2, 5)
+  assert [r["validation/loss"] for r in result.curve if "validation/loss" in r] == LOSSES
+  _assert_same(result.params, evaluate.seen[2])
+  again = train(tmp_path, schedule=PATIENT, evaluate=_Scripted([]))
+  assert (again.step, again.steps_made) == (2, 5)
+  _assert_same(again.params, result.params)
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_early_stopping_is_the_same_after_a_resume(train, tmp_path, monkeypatch, stop):
+  before, after = _Scripted(LOSSES[: stop + 1]), _Scripted(LOSSES[stop + 1 :])
+  _stop_at(monkeypatch, stop)
+  with pytest.raises(preemption.Preempted):
+    train(tmp_path, schedule=PATIENT, evaluate=before)
+  result = train(tmp_path, schedule=PATIENT, evaluate=after)
+  assert (result.step, result.steps_made) == (2, 5)
+  assert [r["validation/loss"] for r in result.curve if "validation/loss" in r] == LOSSES
+  _assert_same(result.params, (before.seen + after.seen)[2])
+
+
+def test_a_run_begins_from_the_parameters_it_is_given_and_leaves_them_alive(
+  train, tmp_path, make_setup, one_device_mesh
+):
+  first = make_setup().state(one_device_mesh, seed=5).params
+  one_step = dataclasses.replace(SCHEDULE, num_steps=1)  # the rate of the first step is 0
+  result = train(tmp_path, schedule=one_step, initial_params=first)
+  _assert_same(result.params, first)
+
+
+_SCRIPT = """
+import importlib.util, pathlib, sys
+import jax, numpy as np
+
+spec = importlib.util.spec_from_file_location("conftest", sys.argv[1])
+conftest = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(conftest)
+from selfimprove_jax import partitioning
+from selfimprove_jax.data import mixture, rows
+from selfimprove_jax.models import llama
+from selfimprove_jax.progress import Progress
+from selfimprove_jax.training import checkpoint, loop, preemption
+
+preemption.install()
+folder, path, num_rows, num_steps = sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
+counts = {"records": num_rows, "tokens": 0, "targets": 0, "padding": 0}
+source = rows.RowSource([path], counts=[counts], seq_len=conftest.SEQ_LEN)
+setup = conftest.Setup(llama.Llama(conftest.CONFIG))
+result = loop.train(
+  folder=pathlib.Path(folder),
+  model=setup.model,
+  tx=setup.tx,
+  learning_rate=setup.learning_rate,
+  mesh=partitioning.make_mesh(data=1, fsdp=1, tensor=1),
+  mixture=mixture.Mixture(
+    [mixture.Component("unique", source, 1.0, True)], batch_size=4, num_steps=num_steps, seed=0
+  ),
+  schedule=loop.Schedule(
+    num_steps=num_steps, board_every=50, evaluate_every=10, checkpoint_every=4, keep=2
+  ),
+  seed=0,
+  evaluate=lambda params: float(np.asarray(params["embedding_VD"]).sum()),
+  label="test",
+  progress=Progress(quiet=True),
+)
+print(result.step, sorted(checkpoint.checksums(result.params).items()))
+"""
+
+
+def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_uninterrupted_one(
+  tmp_path, source, compilation_cache
+):
+  num_steps = 60
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+  environment = os.environ | {
+    "XLA_FLAGS": flags,
+    "JAX_COMPILATION_CACHE_DIR": str(compilation_cache / "loop"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+  }
+
+  def start(folder):
+    conftest = pathlib.Path(__file__).with_name("conftest.py")
+    arguments = [conftest, folder, source._paths[0], len(source), num_steps]
+    return subprocess.Popen(
+      [sys.executable, "-c", _SCRIPT, *map(str, arguments)],
+      stdout=subprocess.PIPE,
+      env=environment,
+      cwd=REPO,
+      text=True,
+    )
+
+  def wait_until(process, condition):
+    while not condition():
+      assert process.poll() is None, "the run ended before it could be killed"
+      time.sleep(0.001)
+
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  process = start(whole)
+  expected, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert expected.startswith(f"{num_steps} [(")
+
+  def num_lines():
+    path = killed / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+  def saving():
+    return list((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
+
+  process = start(killed)
+  wait_until(process, lambda: num_lines() > 15)  # in some step after the 14th
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+
+  process = start(killed)
+  reached = num_lines()
+  wait_until(process, lambda: num_lines() > reached and saving())
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+  assert saving(), "killed after the save: slow the machine down"
+
+  process = start(killed)
+  reached = num_lines()
+  wait_until(process, lambda: num_lines() > reached)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=60) == 143
+
+  process = start(killed)
+  found, _ = process.communicate(timeout=120)
+  assert process.returncode == 0
+  assert found == expected
+  assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+  assert not saving()

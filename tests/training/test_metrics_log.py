@@ -1,0 +1,73 @@
+import json
+import struct
+
+from tensorboardX.proto import event_pb2
+
+from selfimprove_jax.training import metrics_log
+
+
+def _write(folder, steps, from_step=0):
+  log = metrics_log.MetricsLog(folder, from_step=from_step)
+  for step in steps:
+    log.write(step, {"train/loss": 1 / (step + 3), "train/tokens": 100.0})
+  log.close()
+  return log
+
+
+def _scalars(folder):
+  """(tag, step, value) of what stands in the TensorBoard files."""
+  found = set()
+  for path in (folder / "tensorboard").iterdir():
+    data = path.read_bytes()
+    while data:  # length, its CRC, event, its CRC
+      (size,) = struct.unpack_from("<Q", data)
+      event = event_pb2.Event.FromString(data[12 : 12 + size])
+      found |= {(value.tag, event.step, value.simple_value) for value in event.summary.value}
+      data = data[16 + size :]
+  return found
+
+
+def test_every_record_is_a_line_with_its_step_and_survives_to_the_last_digit(tmp_path):
+  log = _write(tmp_path, range(3))
+  assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == log.records
+  assert log.records[2] == {"step": 2, "train/loss": 0.2, "train/tokens": 100.0}
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_going_on_drops_the_steps_that_are_made_again_and_gives_the_same_bytes(tmp_path):
+  whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+  for folder in (whole, resumed):
+    folder.mkdir()
+  _write(whole, range(1, 9))
+  _write(resumed, range(1, 7))
+  with (resumed / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 7, "train/lo')  # torn by a crash
+  log = _write(resumed, range(5, 9), from_step=4)
+  assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+  assert [record["step"] for record in log.records] == list(range(1, 9))
+
+
+def test_a_torn_last_line_is_left_out_and_an_absent_file_is_empty(tmp_path):
+  assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == []
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
+  assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+def test_the_last_loss_is_the_newest_training_loss(tmp_path):
+  log = metrics_log.MetricsLog(tmp_path, from_step=0)
+  assert log.last_loss is None
+  log.write(1, {"train/loss": 2.5})
+  log.write(1, {"validation/loss": 9.0})
+  assert log.last_loss == 2.5
+  log.close()
+
+
+def test_tensorboard_gets_the_same_numbers_and_speeds_that_the_file_does_not(tmp_path):
+  log = metrics_log.MetricsLog(tmp_path, from_step=0)
+  log.write(1, {"train/loss": 2.5})
+  log.write(2, {"train/loss": 2.25}, board=False)
+  log.board(2, {"train/tokens_per_second": 1e3})
+  log.close()
+  assert _scalars(tmp_path) == {("train/loss", 1, 2.5), ("train/tokens_per_second", 2, 1000.0)}
+  assert "per_second" not in (tmp_path / "metrics.jsonl").read_text()
