@@ -28,7 +28,7 @@ _VERIFY = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
   if argv[1:] not in ([], ["show"]):
     raise app.UsageError(f"unknown arguments {argv[1:]}; there is `show`")
-  if _WORKDIR.value is None and not _DRY_RUN.value:
+  if not _WORKDIR.value and not _DRY_RUN.value:
     raise app.UsageError("--workdir is missing: the folder that the run is kept in")
   try:
     if argv[1:] == ["show"]:

@@ -45,6 +45,9 @@ class RowScorer:
     """Args:
     batch_size: rows at a time; the last batch is filled up with rows that do not count.
     max_rows: only the first so many.
+
+    Raises:
+      ValueError: `batch_size` does not divide over the mesh, or the rows have nothing to predict.
     """
     if batch_size % partitioning.num_batch_shards(mesh):
       raise ValueError(
@@ -57,6 +60,8 @@ class RowScorer:
       for start in range(0, num_rows, batch_size)
     ]
     self._batch_size = batch_size
+    if not any(row["loss_mask"].any() for rows in self._batches for row in rows):
+      raise ValueError(f"there are no target tokens in the {num_rows} rows to be scored")
 
     def nll(params, tokens_BT, positions_BT, segment_ids_BT):
       with partitioning.axis_rules():

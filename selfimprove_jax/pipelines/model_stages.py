@@ -243,7 +243,8 @@ def _train(
     initial_params=initial_params,
   )
   context.writer.write_jsonl("curve.jsonl", result.curve)
-  evaluations = [r for r in result.curve if "validation/loss" in r]
+  # Step 0 is where the run starts, and never its result.
+  evaluations = [r for r in result.curve if "validation/loss" in r and r["step"] > 0]
   tokens = result.steps_made * t["batch_rows"] * t["seq_len"]
   summary = {
     "model": dataclasses.asdict(model),

@@ -100,8 +100,11 @@ class Engine:
       on_batch: told, after each batch, how many completions and new tokens it gave.
 
     Raises:
-      ValueError: a prompt is empty, or longer than the last bucket.
+      ValueError: a prompt is empty, or longer than the last bucket; or there are not as many record
+        ids as prompts.
     """
+    if len(record_ids) != len(prompts):
+      raise ValueError(f"{len(prompts)} prompts, but {len(record_ids)} record_ids")
     by_bucket: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
       by_bucket.setdefault(self._bucket(prompt), []).append(index)
