@@ -25,7 +25,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
   c.corpus = dict(
     source="docstrings",
-    options=dict(packages=["numpy", "scipy", "sklearn"] if quick else ["numpy"], min_chars=400),
+    options=dict(packages=["jax", "numpy", "scipy", "sklearn"] if quick else ["numpy"], min_chars=400),
     on_error="raise",
     split=dict(
       num_shards=1,
@@ -62,8 +62,8 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     recall_sample=200,
     max_gap_pairs=300,
     filters=dict(
-      min_similarity=0.3,
-      max_jaccard=0.3,
+      min_similarity=0.5 if quick else 0.3,
+      max_jaccard=0.5 if quick else 0.3,
       shingle_size=5,
       max_uses_per_target=8,
       max_pairs_per_seed=4,

@@ -157,7 +157,7 @@ def test_a_line_that_does_not_parse_ends_the_run_and_mended_the_same_command_goe
 ):
   corpus, config = tmp_path / "corpus.jsonl", tmp_path / "config.py"
   lines = [
-    json.dumps({"id": f"d{i}", "text": " ".join(f"word{i * 7 + j}" for j in range(20))})
+    json.dumps({"id": f"d{i}", "text": " ".join(f"word{i * 20 + j}" for j in range(20))})
     for i in range(100)
   ]
   corpus.write_text("\n".join([*lines[:9], "{", *lines[10:]]))
@@ -225,7 +225,9 @@ def test_damage_is_refused_where_it_is_read_and_mended_with_verify(
   assert process.returncode == 0, process.stdout + process.stderr
   assert "samples/sbp: 00001.jsonl is damaged and will be made again" in process.stdout
   assert data_files(smoke_copy) == data_files(smoke.folder)
-  timed = [json.loads(line)["stage"] for line in (smoke_copy / "timings.jsonl").open()]
+  timed = [
+    json.loads(line)["stage"] for line in (smoke_copy / "timings.jsonl").read_text().splitlines()
+  ]
   again = timed[len((smoke.folder / "timings.jsonl").read_text().splitlines()) :]
   assert set(again) == {"tokens", "samples/sbp", "synthetic/sbp"}
 

@@ -25,7 +25,7 @@ def load_model(artifact: artifacts.Artifact, mesh: Any) -> tuple[Llama, Any]:
   summary = artifact.summary
   model = Llama(LlamaConfig(**{**summary["model"], "dropout_rate": 0.0}))
   abstract = train_step.abstract_params(model, mesh)
-  with checkpoint.Checkpoints(artifact.folder / "checkpoints", keep=1) as saved:
+  with checkpoint.Checkpoints(artifact.folder / "checkpoints", keep=None) as saved:
     try:
       params = saved.restore_params(summary["step"], abstract)
     except checkpoint.DamagedCheckpointError as error:
@@ -230,8 +230,8 @@ def _train(
     schedule=loop.Schedule(
       num_steps=num_steps,
       board_every=t["board_every"],
-      evaluate_every=max(1, num_steps // t["num_evaluations"]),
-      checkpoint_every=max(1, num_steps // t["num_checkpoints"]),
+      evaluate_every=-(-num_steps // t["num_evaluations"]),
+      checkpoint_every=-(-num_steps // t["num_checkpoints"]),
       keep=t["keep"],
       patience=t["patience"],
       accumulation_steps=t["accumulation_steps"],

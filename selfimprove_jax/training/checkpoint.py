@@ -49,22 +49,22 @@ def _leaf_checksums(tree):
 class Checkpoints:
   """The checkpoints of one run: `folder/<step>/`."""
 
-  def __init__(self, folder: str | os.PathLike, *, keep: int):
+  def __init__(self, folder: str | os.PathLike, *, keep: int | None):
     """Opens or creates the folder.
 
     Args:
       keep: how many of the last steps stay, beside those that `save` was told to protect; one more
-        while a new one is being written.
+        while a new one is being written. None only reads, and leaves the folder as it is.
 
     Raises:
       ValueError: `keep` is below 1.
     """
-    if keep < 1:
+    if keep is not None and keep < 1:
       raise ValueError(f"keep={keep} must be at least 1: a run goes on from its last checkpoint")
     self._keep = keep
     self._protected: frozenset[int] | None = None  # None: nothing was saved, so nothing is deleted
     options = ocp.CheckpointManagerOptions(
-      enable_async_checkpointing=True, cleanup_tmp_directories=True
+      enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
     )
     self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
 

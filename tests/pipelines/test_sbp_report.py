@@ -7,6 +7,7 @@ import pytest
 
 from selfimprove_jax import artifacts
 from selfimprove_jax.pipelines import runner, sbp_report
+from selfimprove_jax.training.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_all_in_flops_are_the_sum_of_their_parts(report):
 
 def test_the_curve_holds_every_evaluation_and_averages_of_the_training_loss(report, smoke):
   curve = report["arms"]["sbp"]["curve"]
-  metrics = [json.loads(line) for line in (smoke.folder / "arms/sbp/metrics.jsonl").open()]
+  metrics = read_metrics(smoke.folder / "arms/sbp/metrics.jsonl")
   evaluated = [p["validation_loss"] for p in curve if p["validation_loss"] is not None]
   assert evaluated == [m["validation/loss"] for m in metrics if "validation/loss" in m]
   trained = [p["train_loss"] for p in curve if p["train_loss"] is not None]
