@@ -25,7 +25,9 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
   c.corpus = dict(
     source="docstrings",
-    options=dict(packages=["jax", "numpy", "scipy", "sklearn"] if quick else ["numpy"], min_chars=400),
+    options=dict(
+      packages=["jax", "numpy", "scipy", "sklearn"] if quick else ["numpy"], min_chars=400
+    ),
     on_error="raise",
     split=dict(
       num_shards=1,

@@ -62,7 +62,11 @@ def _run(config):
 
   preemption.install()
   run_folder = pathlib.Path(_WORKDIR.value)
-  runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=Progress())
+  try:
+    runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=Progress())
+  except preemption.Preempted as stop:
+    print(stop.message)
+    raise
   if _STAGES.value is None:
     command = shlex.join(["python", "-m", "selfimprove_jax.main", *sys.argv[1:]])
     made = sbp_report.make_report(config, run_folder, command=command)

@@ -112,6 +112,7 @@ def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:
 def _run_processes(todo, chosen, run_folder, parallel):
   waiting = list(todo)
   running: dict[str, subprocess.Popen] = {}
+  relays: dict[str, threading.Thread] = {}
   chosen_names = {stage.name for stage in chosen}
   failure = None
   with _forwarding_sigterm(running) as terminated:
@@ -122,12 +123,13 @@ def _run_processes(todo, chosen, run_folder, parallel):
         if failure or terminated or blocked or len(running) >= parallel:
           continue
         waiting.remove(stage)
-        running[stage.name] = _start(stage, run_folder)
+        running[stage.name], relays[stage.name] = _start(stage, run_folder)
       if failure or terminated:
         waiting = []
       for name, process in list(running.items()):
         if process.poll() is not None:
           del running[name]
+          relays[name].join()
           if process.returncode and failure is None:
             failure = (name, process.returncode)
             for other in running.values():
@@ -147,16 +149,18 @@ def log_path(run_folder: pathlib.Path, name: str) -> pathlib.Path:
   return run_folder / "logs" / f"{name.replace('/', '-')}.log"
 
 
-def _start(stage: Stage, run_folder: pathlib.Path) -> subprocess.Popen:
+def _start(stage: Stage, run_folder: pathlib.Path) -> tuple[subprocess.Popen, threading.Thread]:
+  worker = [sys.executable, "-m", "selfimprove_jax.pipelines.worker"]
   process = subprocess.Popen(
-    [sys.executable, "-m", "selfimprove_jax.pipelines.worker", str(run_folder), stage.name],
+    [*worker, str(run_folder), stage.name, str(os.getpid())],
     env=_worker_environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
-  threading.Thread(target=_relay, args=(process.stdout,), daemon=True).start()
-  return process
+  relay = threading.Thread(target=_relay, args=(process.stdout,), daemon=True)
+  relay.start()
+  return process, relay
 
 
 def _relay(lines):

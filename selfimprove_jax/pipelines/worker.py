@@ -1,4 +1,7 @@
-"""One stage in a process of its own: `python -m selfimprove_jax.pipelines.worker RUN STAGE`."""
+"""One stage in a process of its own: `python -m selfimprove_jax.pipelines.worker RUN STAGE PARENT`.
+
+PARENT is the process id of the run that started it.
+"""
 
 import os
 import pathlib
@@ -14,7 +17,7 @@ from selfimprove_jax.training import preemption
 
 def main() -> int:
   run_folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
-  _die_with_parent()
+  _die_with(int(sys.argv[3]))
   preemption.install()
   (stage,) = [s for s in runner.build(runner.read_config(run_folder)) if s.name == name]
   try:
@@ -31,9 +34,8 @@ def main() -> int:
   return 0
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
   """Leaves at once when the run is killed, so that nobody writes behind the next run's back."""
-  parent = os.getppid()
 
   def watch():
     while os.getppid() == parent:

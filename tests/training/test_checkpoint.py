@@ -109,6 +109,8 @@ def test_the_last_steps_and_the_protected_one_stay(tmp_path, state):
   with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in range(1, 7):
       checkpoints.save(_at(state, step), protect=frozenset([2]) if step > 1 else frozenset())
+      # The one that is being written, the last two before it, and the protected one.
+      assert set(checkpoints.steps()) <= {step, step - 1, step - 2, 2}
     checkpoints.wait()
     assert checkpoints.steps() == [2, 5, 6]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
@@ -129,8 +131,9 @@ def test_who_only_reads_deletes_nothing(tmp_path, setup, state, one_device_mesh)
   _save(tmp_path, state)
   with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
     params = checkpoints.restore_params(2, setup.abstract(one_device_mesh).params)
-    assert checkpoints.steps() == [1, 2, 3]
+    checkpoints.wait()
   _assert_same_bits(params, _at(state, 2).params)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
 
 
 def test_to_keep_nothing_is_refused(tmp_path):

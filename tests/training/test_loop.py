@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_loss_that_is_not_finite_in_a_step_that_saves_is_not_saved(train, tmp_path):
-  schedule = dataclasses.replace(SCHEDULE, checkpoint_every=8)
+  schedule = dataclasses.replace(SCHEDULE, checkpoint_every=8, evaluate_every=NUM_STEPS)
   with pytest.raises(loop.LossIsNotFiniteError, match="good checkpoint is of step None"):
     train(tmp_path, schedule=schedule, kind=_PoisonedMixture)
   assert not list((tmp_path / "checkpoints").iterdir())
