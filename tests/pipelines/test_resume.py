@@ -118,7 +118,7 @@ def _kill(process, moment, run, log):
   else:
     process.terminate()
   process.wait(timeout=300)
-  until = time.monotonic() + 20
+  until = time.monotonic() + 4
   while (alive := _processes_in(run.folder)) and time.monotonic() < until:
     time.sleep(0.05)
   run.left_alive += alive
