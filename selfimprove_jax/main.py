@@ -55,9 +55,10 @@ def _run(config):
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
-  from selfimprove_jax import report
   from selfimprove_jax.pipelines import sbp_report
   from selfimprove_jax.progress import Progress
+  from selfimprove_jax.report.table import print_table
+  from selfimprove_jax.report.write import write_report
   from selfimprove_jax.training import preemption
 
   preemption.install()
@@ -70,8 +71,8 @@ def _run(config):
   if _STAGES.value is None:
     command = shlex.join(["python", "-m", "selfimprove_jax.main", *sys.argv[1:]])
     made = sbp_report.make_report(config, run_folder, command=command)
-    page = report.write_report(made, run_folder / "report")
-    print(report.print_table(made))
+    page = write_report(made, run_folder / "report")
+    print(print_table(made))
     print(page)
 
 

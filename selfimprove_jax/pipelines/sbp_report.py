@@ -37,7 +37,7 @@ _PARTS = {"seed": "seed", "embeddings": "embedding", "synthesizer": "tuning", "s
 def make_report(
   config: dict[str, Any], run_folder: pathlib.Path, *, command: str
 ) -> dict[str, Any]:
-  """The dict that `report.write_report` takes; its docstring has the schema.
+  """The dict that `report.write.write_report` takes; the package `report` has the schema.
 
   Raises:
     artifacts.ArtifactError: a stage is unfinished.

@@ -4,9 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from selfimprove_jax import report
 from selfimprove_jax.report import formatting as fmt
-from selfimprove_jax.report import page
+from selfimprove_jax.report import page, write
 
 _OPTIONAL = {  # key of the report -> what is on the page only for its sake
   "stages": "<h2>Stages</h2>",
@@ -115,7 +114,7 @@ def test_tags_are_balanced(sample_report):
 
 def test_the_same_report_gives_the_same_bytes(sample_report, tmp_path):
   for folder in ("a", "b"):
-    report.write_report(copy.deepcopy(sample_report), tmp_path / folder)
+    write.write_report(copy.deepcopy(sample_report), tmp_path / folder)
   for name in ("report.json", "report.html"):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

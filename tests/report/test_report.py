@@ -4,12 +4,12 @@ import math
 import numpy as np
 import pytest
 
-from selfimprove_jax import report
 from selfimprove_jax.report import formatting as fmt
+from selfimprove_jax.report import table, write
 
 
 def test_the_json_holds_every_number_unrounded(sample_report, tmp_path):
-  path = report.write_report(sample_report, tmp_path / "new" / "folder")
+  path = write.write_report(sample_report, tmp_path / "new" / "folder")
   assert path.name == "report.html"
   assert json.loads((path.parent / "report.json").read_text()) == sample_report
 
@@ -18,7 +18,7 @@ def test_numpy_numbers_are_written_and_what_is_not_finite_is_null(sample_report,
   sample_report["arms"]["sbp"]["best_validation"] = np.float32(1.5)
   sample_report["arms"]["sbp"]["final_validation"] = math.nan
   sample_report["pairs"]["similarities"] = np.array([0.5, 0.75])
-  report.write_report(sample_report, tmp_path)
+  write.write_report(sample_report, tmp_path)
   read = json.loads((tmp_path / "report.json").read_text())
   assert read["arms"]["sbp"]["best_validation"] == 1.5
   assert read["arms"]["sbp"]["final_validation"] is None
@@ -28,12 +28,12 @@ def test_numpy_numbers_are_written_and_what_is_not_finite_is_null(sample_report,
 
 def test_the_printed_table_has_every_arm_and_claim_in_a_hundred_columns(sample_report):
   sample_report["arms"]["sbp"]["label"] = "A label that is much too long for the table"
-  table = report.print_table(sample_report)
-  assert max(len(line) for line in table.splitlines()) <= 100
+  printed = table.print_table(sample_report)
+  assert max(len(line) for line in printed.splitlines()) <= 100
   for name, arm in sample_report["arms"].items():
-    assert name == "sbp" or arm["label"] in table
-    assert fmt.fixed(arm["evals"]["heldout_nll"]["value"]) in table
-  flat = " ".join(table.split())
+    assert name == "sbp" or arm["label"] in printed
+    assert fmt.fixed(arm["evals"]["heldout_nll"]["value"]) in printed
+  flat = " ".join(printed.split())
   for claim in sample_report["comparison"]["claims"]:
     assert claim["sentence"] in flat
   assert sample_report["comparison"]["verdict"] in flat
