@@ -112,8 +112,8 @@ def compare(
     absent where the oracle shows none), `claims`, `caveats`, `verdict`. A difference is first
     minus second, so a negative one favours the first; `stderr` and `document_interval` are over
     documents alone, `interval` is 95% with the seed noise, `outcome` is better, worse or tie.
-    A claim's `holds` is None where the difference is inside the noise or the gap is not clearly
-    on one side of the gate.
+    A claim's `holds` is None where the difference is inside the noise, the other arm was as good
+    at its best over training, or the gap is not clearly on one side of the gate.
 
   Raises:
     ValueError: `seed_noise` is negative, an arm is missing or there twice, the arms were
@@ -153,6 +153,8 @@ def compare(
   result["claims"] = (
     _claims(result, sbp_label=by_name[sbp].label, **roles) if sbp in by_name else []
   )
+  for claim in result["claims"]:
+    _discount_overfitting(claim, by_name[sbp], by_name[claim.pop("against")], seed_noise)
   if conditioning_gap is not None:
     result["claims"].append(_gap_claim(conditioning_gap, gate))
   result["caveats"] = _caveats(result, by_name)
@@ -276,7 +278,29 @@ def _claims(
 
 def _claim(claim: str, difference: dict[str, Any], sentence: str) -> dict[str, Any]:
   holds = {"better": True, "worse": False, "tie": None}[difference["outcome"]]
-  return {"claim": claim, "holds": holds, "sentence": sentence}
+  return {
+    "claim": claim,
+    "holds": holds,
+    "sentence": sentence,
+    "against": difference["second"],
+  }
+
+
+def _discount_overfitting(
+  claim: dict[str, Any], first: ArmResult, second: ArmResult, seed_noise: float | int
+) -> None:
+  """A gain over an arm that was as good earlier in its training is early stopping, not a gain."""
+  was_as_good = second.best_validation <= first.best_validation
+  if claim["holds"] and was_as_good and _overfits(second, seed_noise):
+    claim["holds"] = None
+    claim["sentence"] += (
+      f" But that is overfitting: at its best over training it had a validation loss of "
+      f"{second.best_validation:.3f}, and {first.label} {first.best_validation:.3f} at its own."
+    )
+
+
+def _overfits(arm: ArmResult, seed_noise: float | int) -> bool:
+  return arm.final_validation - arm.best_validation > max(seed_noise, 0.01)
 
 
 def _outcome_text(
@@ -331,7 +355,7 @@ def _caveats(result: dict[str, Any], arms: dict[str, ArmResult]) -> list[str]:
     )
     lines.append(f"Arms differ in weight decay and dropout: {each}.")
   for arm in arms.values():
-    if arm.final_validation - arm.best_validation > max(result["seed_noise"], 0.01):
+    if _overfits(arm, result["seed_noise"]):
       lines.append(
         f"{arm.label} overfits: its validation loss was {arm.best_validation:.3f} at best and "
         f"{arm.final_validation:.3f} at the end. Part of a gain over it may be early stopping."

@@ -74,6 +74,17 @@ def test_a_worse_arm_recovers_none_and_the_claim_is_refuted():
   assert "worse" in result["verdict"]
 
 
+def test_a_gain_over_an_arm_that_was_as_good_before_it_overfitted_is_not_claimed():
+  sbp = _arm("sbp", 3.9, best_validation=3.9, final_validation=3.9)
+  overfitted = {"best_validation": 3.85, "final_validation": 4.0}
+  result = comparison.compare([_arm("baseline", 4.0, **overfitted), sbp], seed_noise=0.0)
+  assert _claims(result) == {"gain_at_equal_tokens": None}
+  assert "validation loss of 3.850" in _sentence(result, "gain_at_equal_tokens")
+  still_worse = {**overfitted, "best_validation": 3.95}
+  result = comparison.compare([_arm("baseline", 4.0, **still_worse), sbp], seed_noise=0.0)
+  assert _claims(result) == {"gain_at_equal_tokens": True}
+
+
 def test_a_difference_inside_the_seed_noise_is_a_tie_though_documents_agree_on_it():
   arms = [_arm("baseline", 4.0), _arm("sbp", 3.95, jitter=0.01), _arm("oracle", 3.5)]
   tie = comparison.compare(arms, seed_noise=0.03)
