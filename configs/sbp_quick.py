@@ -16,7 +16,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   seq_len = 256 if quick else 128
   unique_tokens = 64_000 if quick else 12_000
   max_document_tokens = 126 if quick else 60
-  total_tokens = 20 * unique_tokens if quick else 4 * unique_tokens
+  total_tokens = 16 * unique_tokens if quick else 4 * unique_tokens
 
   c = mlc.ConfigDict()
   c.pipeline = "sbp"
