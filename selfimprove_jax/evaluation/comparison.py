@@ -2,9 +2,9 @@
 
 A difference of two arms has two kinds of noise: which documents were held out (measured here, by
 pairing the documents) and which initialisation and data order training drew (not measurable from
-one seed per arm, so it is an argument, `seed_noise`). Both enter every interval, in quadrature; a
-difference is a win only where the 95% interval excludes zero. A prototype with half a million
-parameters showed about 0.03 nats per token of the second kind, from two seeds of one arm.
+one seed per arm, so it is an argument, `seed_noise`; 0.03 nats per token at half a million
+parameters, in a prototype). Both enter every interval, in quadrature; a difference is a win only
+where the 95% interval excludes zero.
 """
 
 import dataclasses
@@ -259,7 +259,6 @@ def _claims(
     beyond = "" if gain["outcome"] == "worse" else " that can be told from the noise"
     text += f" It recovers none of the oracle's gain{beyond}."
   claims = [_claim("gain_at_equal_tokens", gain, text)]
-
   if unconditional in result["versus"]:
     control = result["versus"][unconditional]
     other = "the arm of unconditional samples of the same model"
@@ -278,12 +277,7 @@ def _claims(
 
 def _claim(claim: str, difference: dict[str, Any], sentence: str) -> dict[str, Any]:
   holds = {"better": True, "worse": False, "tie": None}[difference["outcome"]]
-  return {
-    "claim": claim,
-    "holds": holds,
-    "sentence": sentence,
-    "against": difference["second"],
-  }
+  return {"claim": claim, "holds": holds, "sentence": sentence, "against": difference["second"]}
 
 
 def _discount_overfitting(
@@ -294,8 +288,8 @@ def _discount_overfitting(
   if claim["holds"] and was_as_good and _overfits(second, seed_noise):
     claim["holds"] = None
     claim["sentence"] += (
-      f" But that is overfitting: at its best over training it had a validation loss of "
-      f"{second.best_validation:.3f}, and {first.label} {first.best_validation:.3f} at its own."
+      f" But that is overfitting: over training, its best validation loss was "
+      f"{second.best_validation:.3f}, and {first.label}'s {first.best_validation:.3f}."
     )
 
 
@@ -350,9 +344,7 @@ def _caveats(result: dict[str, Any], arms: dict[str, ArmResult]) -> list[str]:
     ]
   settings = {(arm.weight_decay, arm.dropout) for arm in arms.values()}
   if len(settings) > 1:
-    each = "; ".join(
-      f"{arm.label} {arm.weight_decay:g} and {arm.dropout:g}" for arm in arms.values()
-    )
+    each = "; ".join(f"{a.label} {a.weight_decay:g} and {a.dropout:g}" for a in arms.values())
     lines.append(f"Arms differ in weight decay and dropout: {each}.")
   for arm in arms.values():
     if _overfits(arm, result["seed_noise"]):

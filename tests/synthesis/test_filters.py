@@ -11,7 +11,8 @@ GOOD = "arteries carry blood away from the heart while veins bring it back again
 
 
 def record(name: str, text: str, **more) -> dict:
-  return {"id": name, "text": text, "num_tokens": 20, "finish_reason": "eos", **more}
+  made = {"id": name, "text": text, "num_tokens": 20, "finish_reason": "eos", "seed_text": None}
+  return made | more
 
 
 def run(records, **changes):
