@@ -79,7 +79,7 @@ def test_a_gain_over_an_arm_that_was_as_good_before_it_overfitted_is_not_claimed
   overfitted = {"best_validation": 3.85, "final_validation": 4.0}
   result = comparison.compare([_arm("baseline", 4.0, **overfitted), sbp], seed_noise=0.0)
   assert _claims(result) == {"gain_at_equal_tokens": None}
-  assert "validation loss of 3.850" in _sentence(result, "gain_at_equal_tokens")
+  assert "validation loss was 3.850" in _sentence(result, "gain_at_equal_tokens")
   still_worse = {**overfitted, "best_validation": 3.95}
   result = comparison.compare([_arm("baseline", 4.0, **still_worse), sbp], seed_noise=0.0)
   assert _claims(result) == {"gain_at_equal_tokens": True}
