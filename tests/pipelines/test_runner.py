@@ -117,7 +117,8 @@ def _process_run(monkeypatch, tmp_path, codes, parallel=2):
     def kill(self):
       events.append(("kill", self.name))
 
-  monkeypatch.setattr(runner, "_start", lambda stage, folder: Process(stage.name))
+  relay = types.SimpleNamespace(join=lambda: None)
+  monkeypatch.setattr(runner, "_start", lambda stage, folder: (Process(stage.name), relay))
   config = {"pipeline": "toy", "runtime": {"parallel_stages": parallel}}
   try:
     _run(tmp_path, config=config)
