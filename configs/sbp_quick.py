@@ -2,7 +2,7 @@
 
   python -m selfimprove_jax.main --config=configs/sbp_quick.py --workdir=runs/sbp_quick
 
-quick: about 10 minutes on 2 CPU cores.  smoke: the same job in a minute, too small to mean a thing.
+quick: 10 minutes on 2 CPU cores.  smoke: the same job in a minute, too small to mean a thing.
 What came out: experiments/sbp_quick/README.md.
 """
 
