@@ -1,4 +1,7 @@
-"""One decoder family: Llama 3 with per-head QK-norm, as a pure `init` and `apply`.
+"""One decoder family, as a pure `init` and `apply`.
+
+`LlamaConfig` tells its members apart: ours (Llama 3 with per-head QK-norm), Llama 3.x, SmolLM2,
+Qwen2.5 and Qwen3.
 
 Axis letters, for the whole package: B batch, T query position, S key position, D model,
 F feed-forward, N query heads, K kv heads, G = N / K, H head width, V vocabulary, L layers.
@@ -15,6 +18,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -30,13 +34,41 @@ REMAT_POLICIES = {
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3.1's stretched rotary frequencies, for contexts beyond the one pretrained with.
+
+  Attributes:
+    factor: slow frequencies are divided by it.
+    low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are slow.
+    high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` stay; those
+      between are interpolated.
+    original_max_positions: context of the pretraining.
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_positions: int
+
+  def __post_init__(self):
+    if not 0 < self.low_freq_factor < self.high_freq_factor:
+      raise ValueError(
+        f"rope_scaling has low_freq_factor={self.low_freq_factor} and "
+        f"high_freq_factor={self.high_freq_factor}; the first must be the smaller, and positive"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
   """The shape and numerics of a model.
 
   Attributes:
     qk_norm: RMSNorm on each head's query and key before RoPE (Qwen3's form).
+    qkv_bias: biases on the query, key and value projections (Qwen2's form).
+    rope_scaling: Llama 3.1's; a dict of its fields will do.
     dropout_rate: on the embeddings and on both residual branches, in training only.
-    dtype: of activations; parameters are float32.
+    dtype: of activations.
+    param_dtype: of the parameters: float32 to train, bfloat16 will do to sample.
     remat: a name in `REMAT_POLICIES`: what the backward pass recomputes.
     attention: a name in `attention.IMPLEMENTATIONS`.
     scan_unroll: layers a step of the scan; more is a little faster on CPU and slower to compile.
@@ -50,16 +82,21 @@ class LlamaConfig:
   num_kv_heads: int
   head_dim: int
   qk_norm: bool = True
+  qkv_bias: bool = False
   tie_embeddings: bool = True
   rope_theta: float = 500_000.0
+  rope_scaling: RopeScaling | dict | None = None
   norm_eps: float = 1e-6
   dropout_rate: float = 0.0
   dtype: str = "bfloat16"
+  param_dtype: str = "float32"
   remat: str = "none"
   attention: str = "xla"
   scan_unroll: int = 1
 
   def __post_init__(self):
+    if isinstance(self.rope_scaling, dict):  # as JSON and configs hold it
+      object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
         f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
@@ -74,6 +111,8 @@ class LlamaConfig:
   @property
   def num_parameters(self) -> int:
     attention = self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+    if self.qkv_bias:
+      attention += self.head_dim * (self.num_heads + 2 * self.num_kv_heads)
     norms = 2 * self.embed_dim + (2 * self.head_dim if self.qk_norm else 0)
     layer = attention + 3 * self.embed_dim * self.mlp_dim + norms
     embeddings = self.vocab_size * self.embed_dim * (1 if self.tie_embeddings else 2)
@@ -103,12 +142,29 @@ def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
   return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
 
 
+def rope_frequencies(
+  head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[np.ndarray, " h"]:
+  """Radians a position for each pair of a head's coordinates."""
+  frequencies_h = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+  if scaling is None:
+    return frequencies_h.astype(np.float32)
+  s = scaling
+  turns_h = s.original_max_positions * frequencies_h / (2 * np.pi)  # over the pretraining's context
+  keep_h = (turns_h - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  keep_h = np.clip(keep_h, 0.0, 1.0)
+  scaled_h = (1 - keep_h) * frequencies_h / s.factor + keep_h * frequencies_h
+  return scaled_h.astype(np.float32)
+
+
 def rope(
-  x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float
+  x_BTNH: Float[Array, "B T N H"],
+  positions_BT: Int[Array, "B T"],
+  theta: float,
+  scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T N H"]:
   """Rotary position embedding in float32, Hugging Face's convention (first half with second)."""
-  H = x_BTNH.shape[-1]
-  frequencies_h = theta ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
+  frequencies_h = jnp.asarray(rope_frequencies(x_BTNH.shape[-1], theta, scaling))
   angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
   sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
   x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
@@ -119,11 +175,12 @@ class RMSNorm(nn.Module):
   """In float32; the weight multiplies after the cast back, as in Hugging Face's Llama."""
 
   eps: float
+  param_dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-    scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
+    scale_D = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
     scale_D = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -143,11 +200,15 @@ class Attention(nn.Module):
     q_BTNH = _project(x_BTD, weight("wq_DNH", (D, N, H), D))
     k_BTKH = _project(x_BTD, weight("wk_DKH", (D, K, H), D))
     v_BTKH = _project(x_BTD, weight("wv_DKH", (D, K, H), D))
+    if c.qkv_bias:
+      q_BTNH += _bias(self, c, "bq_NH", (N, H))[None, None]
+      k_BTKH += _bias(self, c, "bk_KH", (K, H))[None, None]
+      v_BTKH += _bias(self, c, "bv_KH", (K, H))[None, None]
     if c.qk_norm:
-      q_BTNH = RMSNorm(c.norm_eps, name="q_norm")(q_BTNH)
-      k_BTKH = RMSNorm(c.norm_eps, name="k_norm")(k_BTKH)
-    q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta), "qkv")
-    k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta), "qkv")
+      q_BTNH = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q_BTNH)
+      k_BTKH = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(k_BTKH)
+    q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
+    k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
     if cache is None:
       k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
@@ -200,10 +261,10 @@ class Layer(nn.Module):
     c = self.c
     x_BTD, cache, layer = carry
     dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
-    h_BTD = RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
+    h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
     h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache, layer)
     x_BTD += dropout(name="attention_dropout")(h_BTD)
-    h_BTD = RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
+    h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD)
     x_BTD += dropout(name="mlp_dropout")(SwiGLU(c, name="mlp")(h_BTD))
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     return (x_BTD, cache, layer + 1), None
@@ -244,7 +305,7 @@ class Llama(nn.Module):
       "embedding_VD",
       nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
       (c.vocab_size, c.embed_dim),
-      jnp.float32,
+      jnp.dtype(c.param_dtype),
     )
     x_BTD = jnp.take(embedding_VD.astype(c.dtype), tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
@@ -262,7 +323,7 @@ class Llama(nn.Module):
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, deterministic, name="layers")
     (x_BTD, cache, _), _ = layers((x_BTD, cache, jnp.int32(0)), positions_BT, segments_BT)
-    x_BTD = RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
+    x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
     if c.tie_embeddings:
       head_DV = embedding_VD.T
     else:
@@ -290,8 +351,16 @@ _LOGICAL_AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": None, "F": "m
 
 
 def _weight(module, c, name, shape, fan_in=None):
-  """A float32 matrix whose logical axes are the letters of its name, in the compute dtype."""
-  axes = tuple(_LOGICAL_AXES[letter] for letter in name.rsplit("_", 1)[1])
-  std = (fan_in or shape[0]) ** -0.5
-  init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-  return module.param(name, init, shape, jnp.float32).astype(c.dtype)
+  """A matrix whose logical axes are the letters of its name, in the compute dtype."""
+  init = nn.initializers.normal((fan_in or shape[0]) ** -0.5)
+  init = nn.with_logical_partitioning(init, _axes(name))
+  return module.param(name, init, shape, jnp.dtype(c.param_dtype)).astype(c.dtype)
+
+
+def _bias(module, c, name, shape):
+  init = nn.with_logical_partitioning(nn.initializers.zeros, _axes(name))
+  return module.param(name, init, shape, jnp.dtype(c.param_dtype)).astype(c.dtype)
+
+
+def _axes(name):
+  return tuple(_LOGICAL_AXES[letter] for letter in name.rsplit("_", 1)[1])
