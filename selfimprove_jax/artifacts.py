@@ -1,14 +1,15 @@
-"""Stage outputs on disk: a folder that is either complete and whole, or is not read.
+"""Stage outputs: a folder that is either complete and whole, or is not read.
 
   pairs/
     config.json               {"config": {...}, "inputs": {"embeddings": "<digest>"}}
     00000-of-00016.jsonl      one record a line
     manifest.json             {"shards": {name: {"bytes", "sha256", "records"}}, "summary": {...}}
 
-`config.json` is written first and `manifest.json` last; shards appear whole, by rename, in between.
+`config.json` is written first and `manifest.json` last; shards appear whole in between.
 To resume is to write again with the same config: shards that are whole are skipped. Nothing in
 these files depends on time, host or order of work, so two runs of one config hold the same bytes.
-A shard is a file or a folder (a zarr array).
+A shard is a file or a folder (a zarr array). It is written and read as local files: in an object
+store those are copies, and what was written is uploaded when it is whole.
 """
 
 import contextlib
@@ -19,9 +20,11 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from selfimprove_jax import storage
+from selfimprove_jax.storage import write_atomic
 
 _CONFIG = "config.json"
 _MANIFEST = "manifest.json"
@@ -62,17 +65,11 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
   return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-  """Writes a file that is either whole or absent, also after a crash."""
-  with _replacing(pathlib.Path(path)) as temporary:
-    temporary.write_bytes(data)
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
   write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
-def check_same_config(path: pathlib.Path, config: Any) -> None:
+def check_same_config(path: storage.Path, config: Any) -> None:
   """Writes `config` to `path`, or compares it with what is there.
 
   Raises:
@@ -83,7 +80,7 @@ def check_same_config(path: pathlib.Path, config: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
     return
-  lines = differences(json.loads(path.read_text()), config)
+  lines = differences(json.loads(path.read_bytes()), config)
   if lines:
     raise ConfigMismatchError(
       f"{path.parent} was made with another config; use another folder or delete this one.\n"
@@ -95,7 +92,7 @@ def check_same_config(path: pathlib.Path, config: Any) -> None:
 class Artifact:
   """A complete artefact: its manifest was read and every shard has the size the manifest says."""
 
-  folder: pathlib.Path
+  folder: storage.Path
   manifest: dict[str, Any]
 
   @property
@@ -109,17 +106,17 @@ class Artifact:
   @functools.cached_property
   def digest(self) -> str:
     """Identifies config, inputs and content; what the next stage records as its input."""
-    return digest([json.loads((self.folder / _CONFIG).read_text()), self.manifest])
+    return digest([json.loads((self.folder / _CONFIG).read_bytes()), self.manifest])
 
   def path(self, name: str) -> pathlib.Path:
-    """The path of a shard, after its bytes have been compared with the manifest."""
+    """A local path of a shard, after its bytes have been compared with the manifest."""
     if name not in self.shards:
       raise ArtifactError(f"{self.folder} has no shard {name!r}; it has {sorted(self.shards)}")
-    path = self.folder / name
-    if _sha256(path) != self.shards[name]["sha256"]:
+    path = storage.local_copy(self.folder / name, checksum=self.shards[name]["sha256"])
+    if path is None:
       raise ArtifactError(
-        f"{path} is damaged: its SHA-256 is not the one in {_MANIFEST}. Run the same command with "
-        f"--verify, which makes damaged shards again"
+        f"{self.folder / name} is damaged: its SHA-256 is not the one in {_MANIFEST}. Run the same "
+        f"command with --verify, which makes damaged shards again"
       )
     return path
 
@@ -142,13 +139,14 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
   Raises:
     ArtifactError: it is missing, unfinished, or a shard is not as long as the manifest says.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   if not (folder / _MANIFEST).exists():
     state = "unfinished" if (folder / _CONFIG).exists() else "missing"
     raise ArtifactError(f"artefact {folder} is {state}: run the stage that writes it")
-  artifact = Artifact(folder, json.loads((folder / _MANIFEST).read_text()))
+  artifact = Artifact(folder, json.loads((folder / _MANIFEST).read_bytes()))
+  sizes = storage.sizes(folder, artifact.shards)
   for name, entry in artifact.shards.items():
-    size = _num_bytes(folder / name)
+    size = sizes[name]
     if size != entry["bytes"]:
       found = "missing" if size is None else f"{size} bytes"
       raise ArtifactError(f"{folder / name} is damaged: {found}, {entry['bytes']} bytes expected")
@@ -157,11 +155,11 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
 
 def tidy(folder: str | os.PathLike) -> None:
   """Removes from a complete artefact what a process left that was killed in its last act."""
-  (pathlib.Path(folder) / _JOURNAL).unlink(missing_ok=True)
+  storage.remove(storage.path(folder) / _JOURNAL)
 
 
 class Writer:
-  """Writes one artefact; see the module's docstring for what ends up on disk."""
+  """Writes one artefact; see the module's docstring for what ends up there."""
 
   def __init__(self, folder: str | os.PathLike, *, config: Any, inputs: dict[str, str]):
     """Opens `folder` for writing.
@@ -173,7 +171,7 @@ class Writer:
     Raises:
       ConfigMismatchError: the folder was begun with another config or other inputs.
     """
-    self.folder = pathlib.Path(folder)
+    self.folder = storage.path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     check_same_config(self.folder / _CONFIG, {"config": config, "inputs": inputs})
     self._journal = _read_journal(self.folder / _JOURNAL)
@@ -183,12 +181,11 @@ class Writer:
     manifest_path = self.folder / _MANIFEST
     if not manifest_path.exists():
       return []
-    shards = json.loads(manifest_path.read_text())["shards"]
+    shards = json.loads(manifest_path.read_bytes())["shards"]
     damaged = [name for name, entry in shards.items() if not self._is_whole(name, entry)]
     if damaged:
       self._journal = {name: entry for name, entry in shards.items() if name not in damaged}
-      lines = [json.dumps({"name": n, **e}) + "\n" for n, e in self._journal.items()]
-      write_atomic(self.folder / _JOURNAL, "".join(lines).encode())
+      storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
       manifest_path.unlink()
     return damaged
 
@@ -221,7 +218,7 @@ class Writer:
 
   @contextlib.contextmanager
   def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
-    """Gives a temporary path to write to, and counts to fill in; the shard appears on leaving.
+    """Gives a local path to write to, and counts to fill in; the shard appears on leaving.
 
     Raises:
       OSError: with the shard's name, where it could not be written (a full disk); the shard does
@@ -229,11 +226,11 @@ class Writer:
     """
     counts = {"records": 0}
     try:
-      with _replacing(self.folder / name) as temporary:
+      with storage.replacing(self.folder / name) as temporary:
         yield temporary, counts
-        entry = {"bytes": _num_bytes(temporary), "sha256": _sha256(temporary), **counts}
-      with (self.folder / _JOURNAL).open("a") as journal:
-        journal.write(json.dumps({"name": name, **entry}) + "\n")
+        size, checksum = storage.num_bytes(temporary), storage.sha256(temporary)
+        entry = {"bytes": size, "sha256": checksum, **counts}
+      storage.append_line(self.folder / _JOURNAL, _journal_lines({name: entry})[name], key=name)
     except Exception as error:
       if not isinstance(error, OSError) and not _tells_of_full_disk(error):
         raise
@@ -252,7 +249,7 @@ class Writer:
 
   def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
     path = self.folder / name
-    return _num_bytes(path) == entry["bytes"] and _sha256(path) == entry["sha256"]
+    return storage.num_bytes(path) == entry["bytes"] and storage.sha256(path) == entry["sha256"]
 
 
 def _tells_of_full_disk(error: Exception) -> bool:
@@ -261,60 +258,26 @@ def _tells_of_full_disk(error: Exception) -> bool:
   return any(os.strerror(code) in str(error) for code in codes)
 
 
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  temporary = path.with_name(f".{path.name}.tmp")
-  _remove(temporary)
-  try:
-    yield temporary
-    for file in _files(temporary):
-      with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-    if path.is_dir():
-      _remove(path)
-    temporary.replace(path)
-  finally:
-    _remove(temporary)
-
-
-def _remove(path: pathlib.Path) -> None:
-  if path.is_dir():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
-
-
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-
-def _num_bytes(path: pathlib.Path) -> int | None:
-  """None where there is nothing."""
-  return sum(file.stat().st_size for file in _files(path)) if path.exists() else None
-
-
-def _read_jsonl(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  with path.open(encoding="utf-8") as file:
+def _read_jsonl(path: storage.Path) -> Iterator[dict[str, Any]]:
+  with path.open("rb") as file:
     for line in file:
       yield json.loads(line)
 
 
-def _read_journal(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _journal_lines(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
+  return {name: json.dumps({"name": name, **entry}) + "\n" for name, entry in entries.items()}
+
+
+def _read_journal(path: storage.Path) -> dict[str, dict[str, Any]]:
   entries = {}
-  if path.exists():
-    for line in path.read_text().splitlines(keepends=True):
-      try:
-        entry = json.loads(line)
-      except json.JSONDecodeError:
-        break  # torn by a crash or a full disk: that shard, and what follows, is written again
-      entries[entry.pop("name")] = entry
-    whole = "".join(json.dumps({"name": n, **e}) + "\n" for n, e in entries.items())
-    write_atomic(path, whole.encode())
+  found = storage.read_lines(path)
+  for line in found:
+    try:
+      entry = json.loads(line)
+    except json.JSONDecodeError:
+      break  # torn by a crash or a full disk: that shard, and what follows, is written again
+    entries[entry.pop("name")] = entry
+  lines = _journal_lines(entries)
+  if [*lines.values()] != found:
+    storage.replace_lines(path, lines)
   return entries
-
-
-def _sha256(path: pathlib.Path) -> str:
-  if path.is_dir():
-    return digest({str(file.relative_to(path)): _sha256(file) for file in _files(path)})
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,6 +5,7 @@ python -m selfimprove_jax.main --config=... --workdir=... --dry_run
 python -m selfimprove_jax.main show --workdir=runs/sbp_quick
 """
 
+import os
 import pathlib
 import shlex
 import sys
@@ -22,6 +23,31 @@ _DEVICE = flags.DEFINE_string("device", None, "With --dry_run: device kind to gi
 _NUM_DEVICES = flags.DEFINE_integer("num_devices", 1, "With --dry_run: how many of them.")
 _VERIFY = flags.DEFINE_bool(
   "verify", False, "Compare every complete artefact with its checksums first; rebuild damaged ones."
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache",
+  str(pathlib.Path("~/.cache/selfimprove_jax/xla").expanduser()),
+  "Folder (or gs://) where what XLA compiled is kept for later runs; empty for none.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "host:port of process 0, with --num_processes and --process_id, for a job of several processes. "
+  "Cloud TPU, Slurm, Kubernetes and Open MPI are asked by themselves.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_CONNECT_SECONDS = flags.DEFINE_integer(
+  "connect_seconds", 300, "How long the processes of a job wait for one another at the start."
+)
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 100, "A process of a job that is silent for so long ends it."
+)
+_HANG_SECONDS = flags.DEFINE_integer(
+  "hang_seconds",
+  1800,
+  "A job of several processes whose devices get nothing done for so long ends, with a message. "
+  "More than the longest step and its compilation take.",
 )
 
 
@@ -55,25 +81,39 @@ def _run(config):
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
-  from selfimprove_jax.pipelines import sbp_report
+  _keep_compilations(_COMPILATION_CACHE.value)
+  from selfimprove_jax import distributed
   from selfimprove_jax.progress import Progress
-  from selfimprove_jax.report.table import print_table
-  from selfimprove_jax.report.write import write_report
+
+  distributed.initialize(
+    coordinator=_COORDINATOR.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    connect_seconds=_CONNECT_SECONDS.value,
+    heartbeat_seconds=_HEARTBEAT_SECONDS.value,
+    hang_seconds=_HANG_SECONDS.value,
+  )
   from selfimprove_jax.training import preemption
 
   preemption.install()
+  progress = Progress(quiet=not distributed.is_main())
   run_folder = pathlib.Path(_WORKDIR.value)
   try:
-    runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=Progress())
+    runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=progress)
   except preemption.Preempted as stop:
     print(stop.message)
     raise
-  if _STAGES.value is None:
+  if _STAGES.value is None and distributed.is_main():
     command = shlex.join(["python", "-m", "selfimprove_jax.main", *sys.argv[1:]])
-    made = sbp_report.make_report(config, run_folder, command=command)
-    page = write_report(made, run_folder / "report")
-    print(print_table(made))
-    print(page)
+    runner.report(config, run_folder, command=command)
+
+
+def _keep_compilations(folder):
+  """Before JAX is imported; the environment tells it, and the processes of stages, where."""
+  if folder:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _parse_flags(argv):

@@ -133,6 +133,11 @@ class Progress:
     if not self._quiet:
       self._print(bar, finished=True)
 
+  def note(self, text: str) -> None:
+    """Prints a line of its own."""
+    if not self._quiet:
+      print(text, file=self._stream, flush=True)
+
   def _print(self, bar: Bar, *, finished: bool = False) -> None:
     print(bar.status(finished=finished), file=self._stream, flush=True)
 

@@ -12,7 +12,6 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -50,15 +49,23 @@ def real_data() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def one_device_mesh() -> jax.sharding.Mesh:
   """A mesh of one device, on which what needs no mesh runs fastest."""
-  axis_types = (jax.sharding.AxisType.Auto,) * 3
-  devices = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-  return jax.sharding.Mesh(devices, ("data", "fsdp", "tensor"), axis_types=axis_types)
+  from selfimprove_jax import partitioning
+
+  return partitioning.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 # What two runs of one config do not share: times, and the checkpoints' own files, whose names are
 # random (their parameters' checksums are in the manifests).
-_NOT_DATA = {"timings.jsonl", "report", "logs", "checkpoints", "tensorboard", ".lock"}
+_NOT_DATA = {
+  "timings.jsonl",
+  "speed.jsonl",
+  "report",
+  "logs",
+  "checkpoints",
+  "tensorboard",
+  ".lock",
+}
 
 
 @pytest.fixture(scope="session")

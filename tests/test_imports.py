@@ -12,7 +12,10 @@ import selfimprove_jax
 
 _PACKAGE = pathlib.Path(selfimprove_jax.__file__).parent
 _FLOORS = {
-  **dict.fromkeys(("artifacts", "executor", "partitioning", "progress"), 1),
+  **dict.fromkeys(
+    ("artifacts", "distributed", "executor", "hardware", "partitioning", "progress"), 1
+  ),
+  **dict.fromkeys(("storage", "xla_options"), 1),
   **dict.fromkeys(("data", "models"), 2),
   **dict.fromkeys(("retrieval", "sampling"), 3),
   **dict.fromkeys(("synthesis", "language_models", "training"), 4),
@@ -21,7 +24,17 @@ _FLOORS = {
   "pipelines": 7,
   "main": 8,
 }
-_HEAVY = {"tensorflow", "scann", "sklearn", "transformers", "matplotlib", "datasets", "seqio"}
+_HEAVY = {
+  "tensorflow",
+  "scann",
+  "sklearn",
+  "transformers",
+  "matplotlib",
+  "datasets",
+  "seqio",
+  "torch",
+  "gguf",
+}
 
 
 def _part(path):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -23,8 +24,8 @@ def _abstract_params(**changes):
   [((1, -1, 2), (1, 4, 2)), ((-1, 1, 1), (8, 1, 1)), ((2, 2, -1), (2, 2, 2)), ((1, 8, 1),) * 2],
 )
 def test_a_size_of_minus_one_takes_what_is_left(sizes, expected):
-  mesh = partitioning.make_mesh(**dict(zip(partitioning.AXES, sizes)))
-  assert mesh.shape == dict(zip(partitioning.AXES, expected))
+  mesh = partitioning.make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)))
+  assert mesh.shape == dict(zip(partitioning.AXES, (1, *expected)))
   assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
 
@@ -42,7 +43,7 @@ def test_a_size_of_minus_one_takes_what_is_left(sizes, expected):
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_sizes(sizes, found):
   with pytest.raises(ValueError, match=found):
-    partitioning.make_mesh(**dict(zip(partitioning.AXES, sizes)))
+    partitioning.make_mesh(**dict(zip(("data", "fsdp", "tensor"), sizes)))
 
 
 def test_parameters_are_laid_on_the_axes_of_the_table():
@@ -73,7 +74,12 @@ def test_parameters_are_laid_on_the_axes_of_the_table():
     (
       {"num_kv_heads": 2},
       {"data": 1, "fsdp": 2, "tensor": 4},
-      r"\('tensor',\) of size 4 do not divide dimension 2 \(size 2\).*\['attention'\]\['wk_DKH'\]",
+      r"tensor=4 is more than the model's 2 kv heads.*set tensor to 2 or a divisor",
+    ),
+    (
+      {"mlp_dim": 33},
+      {"data": 2, "fsdp": 2, "tensor": 2},
+      r"\('tensor',\) of size 2 do not divide dimension 1 \(size 33\).*\['w_down_FD'\]",
     ),
     (
       {"embed_dim": 20},
@@ -92,14 +98,77 @@ def test_a_dimension_that_does_not_divide_is_refused_by_parameter_and_axis(chang
     partitioning.param_shardings(_abstract_params(**changes), partitioning.make_mesh(**mesh))
 
 
-def test_a_batch_lies_in_rows_over_data_and_fsdp_and_whole_over_tensor():
-  mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (2, 1, 2, 2), (2, 2, 1, 2)])
+def test_a_batch_lies_in_rows_over_all_axes_but_tensor(sizes):
+  mesh = partitioning.make_mesh(**dict(zip(partitioning.AXES, sizes)))
   rows = np.arange(8 * 3, dtype=np.int32).reshape(8, 3)
   batch = partitioning.global_batch({"tokens": rows}, mesh)
   np.testing.assert_array_equal(batch["tokens"], rows)
   shards = batch["tokens"].addressable_shards
   assert partitioning.num_batch_shards(mesh) == len({shard.index[0].start for shard in shards}) == 4
   assert {shard.data.shape for shard in shards} == {(2, 3)}
+
+
+def test_parameters_are_copied_over_slices_and_the_batch_is_split_over_them():
+  mesh = partitioning.make_mesh(dcn=2, data=1, fsdp=2, tensor=2)
+  shardings = partitioning.param_shardings(_abstract_params(), mesh)
+  assert shardings["embedding_VD"].spec == PartitionSpec("tensor", "fsdp")
+  assert partitioning.batch_sharding(mesh).spec == PartitionSpec(("dcn", "data", "fsdp"))
+  # Devices of one slice are next to each other in memory order: the slow axis is the outermost.
+  first, second = ([d.id for d in part.flat] for part in mesh.devices)
+  assert (first, second) == ([0, 1, 2, 3], [4, 5, 6, 7])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Device:
+  """A device of a pod of several slices, which no CPU can be."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v5"
+  core_on_chip: int = 0
+
+  @property
+  def coords(self):
+    place = self.id // 2
+    return (place % 2, place // 2, 0)
+
+
+def test_slices_are_the_outer_axis_whatever_the_order_of_the_devices():
+  devices = [_Device(i, slice_index=i % 2) for i in range(8)]
+  arranged = partitioning.make_mesh(dcn=2, data=1, fsdp=-1, tensor=2, devices=devices).devices
+  assert arranged.shape == (2, 1, 2, 2)
+  for index, part in enumerate(arranged):
+    assert {device.slice_index for device in part.flat} == {index}
+
+
+@pytest.mark.parametrize("dcn", [1, 4])
+def test_a_mesh_whose_dcn_is_not_the_number_of_slices_is_refused(dcn):
+  devices = [_Device(i, slice_index=i % 2) for i in range(8)]
+  with pytest.raises(ValueError, match=rf"dcn={dcn}, but the 8 devices lie on 2 slices; set dcn=2"):
+    partitioning.make_mesh(dcn=dcn, data=-1, fsdp=1, tensor=1, devices=devices)
+
+
+@pytest.mark.parametrize(
+  ("rows", "accumulation_steps", "found"),
+  [
+    (6, 1, r"6 rows does not divide over 4 batch shards \(dcn=1 x data=2 x fsdp=2\); .* of 4$"),
+    (12, 2, r"12 rows.*4 batch shards .* times accumulation_steps=2; .* of 8$"),
+  ],
+)
+def test_a_batch_that_does_not_divide_is_refused_with_its_numbers(rows, accumulation_steps, found):
+  mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+  partitioning.check_batch(16, mesh, accumulation_steps=accumulation_steps)
+  with pytest.raises(ValueError, match=found):
+    partitioning.check_batch(rows, mesh, accumulation_steps=accumulation_steps)
+
+
+def test_rows_that_do_not_divide_never_become_a_global_batch():
+  mesh = partitioning.make_mesh(data=2, fsdp=4, tensor=1)
+  with pytest.raises(ValueError, match="6 rows does not divide over 8 batch shards"):
+    partitioning.global_batch({"tokens": np.zeros((6, 3), np.int32)}, mesh)
 
 
 def test_the_logical_constraints_of_the_model_reach_the_compiler():

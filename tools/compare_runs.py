@@ -12,7 +12,7 @@ import filecmp
 import pathlib
 import sys
 
-_OUTSIDE = {"timings.jsonl", "report", "logs", "checkpoints", "tensorboard", ".lock"}
+_OUTSIDE = {"timings.jsonl", "speed.jsonl", "report", "logs", "checkpoints", "tensorboard", ".lock"}
 
 
 def compared_files(run_folder: pathlib.Path) -> set[pathlib.Path]:

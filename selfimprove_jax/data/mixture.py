@@ -7,17 +7,19 @@ part of it, and the parts laid end to end are the same rows for any number of ho
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
-from jaxtyping import Bool, Int32
+from grain import experimental as grain_experimental
+from jaxtyping import Int64
 
-from selfimprove_jax.data import rows
+from selfimprove_jax.data import packing, rows
 
-Batch = dict[str, Int32[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]
+# grain's shuffle needs no memory, but walks through 2**16 numbers for one of fewer rows.
+_SORTED_BELOW = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,18 +73,13 @@ class Mixture:
     self.components = tuple(components)
     self.batch_size = batch_size
     self.num_steps = num_steps
-    self._turns = _Turns([c.weight for c in components], num_steps * batch_size)
+    self._rows_per_process = batch_size // process_count
+    self._process = process_index, process_count
+    self._turns = _Turns([c.weight for c in components])
     self._check_enough()
-    shuffled = []
-    for component in components:
-      dataset = grain.MapDataset.source(component.source)
-      # grain adds the pass to the seed, so neighbouring seeds would share their orders.
-      shuffled.append(dataset.shuffle(seed=_seed32(seed, component.name)))
-    # A row number past the end of a dataset is a row of its next pass.
-    mixed = grain.MapDataset.select_from_datasets(shuffled, self._turns)
-    self._batches = mixed.batch(batch_size // process_count)[process_index::process_count]
+    self._seeds = [_seed32(seed, component.name) for component in components]
 
-  def batch(self, step: int) -> Batch:
+  def batch(self, step: int) -> packing.Batch:
     """This host's rows of a step.
 
     Raises:
@@ -90,11 +87,18 @@ class Mixture:
     """
     if not 0 <= step < self.num_steps:
       raise IndexError(f"step {step} of a mixture of {self.num_steps} steps")
-    return self._batches[step]
+    process_index, process_count = self._process
+    begin = (step * process_count + process_index) * self._rows_per_process
+    turns, numbers = self._turns.between(begin, begin + self._rows_per_process)
+    records = []
+    for turn, number in zip(turns.tolist(), numbers.tolist()):
+      source = self.components[turn].source
+      records.append(source.record(_shuffled(number, len(source), self._seeds[turn])))
+    return rows.decode(records, self.components[0].source.seq_len)
 
   def iterate(
     self, start_step: int, *, num_steps: int, prefetch: int = 2
-  ) -> Iterator[tuple[int, Batch]]:
+  ) -> Iterator[tuple[int, packing.Batch]]:
     """(step, batch) of `num_steps` steps from `start_step`, made ahead in one thread.
 
     An error in a batch is raised when its step is due. The thread ends with the iterator, also
@@ -141,27 +145,24 @@ class Mixture:
         )
 
 
-class _Turns(grain.transforms.DatasetSelectionMap):
+class _Turns:
   """Whose turn it is: position in the mixture -> (component, number of its row).
 
-  Unlike the weights of `MapDataset.mix`, which are rounded to a percent of the smallest, shares
-  are exact to one in a million, and how many rows each component gives is known beforehand.
+  Unlike the weights of grain's `MapDataset.mix`, which are rounded to a percent of the smallest,
+  shares are exact to one in a million, and how many rows each component gives is known beforehand.
   """
 
-  def __init__(self, weights: Sequence[float], num_rows: int):
+  def __init__(self, weights: Sequence[float]):
     total = sum(weights)
     self._parts = [max(round(weight / total * 1_000_000), 1) for weight in weights]
-    self._num_rows = num_rows
 
-  def __len__(self) -> int:
-    return self._num_rows
+  def between(self, begin: int, end: int) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
+    """Component and number of its row, for positions from `begin` to before `end`."""
+    counts_CN = np.stack(self.counts(np.arange(begin, end + 1)))
+    components = np.diff(counts_CN).argmax(0)
+    return components, counts_CN[components, np.arange(len(components))]
 
-  def __getitem__(self, index: int) -> tuple[int, int]:
-    before, after = self.counts(index), self.counts(index + 1)
-    component = next(i for i, (b, a) in enumerate(zip(before, after)) if a > b)
-    return component, before[component]
-
-  def counts(self, num_rows: int) -> list[int]:
+  def counts(self, num_rows: int | Int64[np.ndarray, "N"]) -> list[int | Int64[np.ndarray, "N"]]:
     """Rows of each component among the first `num_rows`.
 
     The first component takes its share of all, rounded up, the second its share of what the
@@ -173,6 +174,25 @@ class _Turns(grain.transforms.DatasetSelectionMap):
       counts.append(rest - left)
       rest, rest_parts = left, rest_parts - part
     return counts
+
+
+def _shuffled(number: int, num_rows: int, seed: int) -> int:
+  """Number of a component's row -> its index; each pass over the rows is in another order."""
+  number_of_pass, number = divmod(number, num_rows)
+  if num_rows < _SORTED_BELOW:
+    return int(_sorted_by_chance(num_rows, seed, number_of_pass)[number])
+  # As in grain's `MapDataset.shuffle`, the pass is added to the seed; hence seeds far apart
+  # (`_seed32`), or neighbouring ones would share their orders.
+  return grain_experimental.index_shuffle(
+    number, max_index=num_rows - 1, seed=(seed + number_of_pass) % 2**32, rounds=4
+  )
+
+
+@functools.lru_cache(32)
+def _sorted_by_chance(num_rows: int, seed: int, number_of_pass: int) -> Int64[np.ndarray, "N"]:
+  # numpy promises the same raw bits in every release, but not the same `permutation`.
+  bits = np.random.Philox(key=[seed, number_of_pass]).random_raw(num_rows)
+  return bits.argsort(kind="stable")
 
 
 def _seed32(seed: int, name: str) -> int:

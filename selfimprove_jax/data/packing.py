@@ -5,16 +5,20 @@ and attention takes `segment_ids`. `loss_mask` marks the tokens that are predict
 before them in their segment, so the first token of a segment never is.
 """
 
+import bisect
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Integer
 
 from selfimprove_jax.data import tokenizer as tokenizer_lib
 
 Row = dict[str, Int32[np.ndarray, "T"] | Bool[np.ndarray, "T"]]
 """int32 tokens, positions (0.. in a segment), segment_ids (1.., 0 is padding); bool loss_mask."""
+
+Batch = dict[str, Int32[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]
+"""Rows, stacked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Example:
 
 def document_example(ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer) -> Example:
   """BOS document EOS, with loss on all but BOS."""
-  tokens = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+  tokens = np.empty(len(ids) + 2, np.int32)
+  tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
   loss_mask = np.ones(len(tokens), bool)
   loss_mask[0] = False
   return Example(tokens, loss_mask)
@@ -68,24 +73,42 @@ def pack(
   """
   if seq_len < 2 or num_open_rows < 1:
     raise ValueError(f"seq_len is {seq_len} (at least 2), num_open_rows {num_open_rows} (1)")
-  open_rows: list[_OpenRow] = []
-  for tokens, loss_mask in _pieces(examples, seq_len, split_long):
-    fitting = [row for row in open_rows if row.free >= len(tokens)]
-    if fitting:
-      row = min(fitting, key=_free)
+  open_rows: list[_OpenRow] = []  # the fullest first, of equally full ones the oldest
+  for number, (tokens, loss_mask) in enumerate(_pieces(examples, seq_len, split_long)):
+    best = bisect.bisect_left(open_rows, len(tokens), key=_free)
+    if best < len(open_rows):
+      row = open_rows.pop(best)
     else:
       if len(open_rows) == num_open_rows:
-        fullest = min(open_rows, key=_free)
-        open_rows.remove(fullest)
-        yield fullest.arrays
-      row = _OpenRow(seq_len, pad_id)
-      open_rows.append(row)
+        yield open_rows.pop(0).arrays
+      row = _OpenRow(seq_len, pad_id, number)
     row.add(tokens, loss_mask)
     if row.free < 2:  # no segment is shorter
-      open_rows.remove(row)
       yield row.arrays
-  for row in open_rows:
+    else:
+      bisect.insort(open_rows, row, key=_free_and_age)
+  for row in sorted(open_rows, key=_age):
     yield row.arrays
+
+
+def layout(
+  lengths: Sequence[Integer[np.ndarray, "_"]], seq_len: int
+) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
+  """Positions and segment ids of rows whose segments are so long; what is left is padding."""
+  num_parts = np.array([len(row) + 1 for row in lengths])  # the last is padding, maybe of no token
+  last = np.cumsum(num_parts) - 1
+  first = last + 1 - num_parts
+  sizes = np.zeros(num_parts.sum(), np.int64)
+  ids = np.arange(1, len(sizes) + 1) - np.repeat(first, num_parts)
+  ids[last] = 0
+  sizes[ids > 0] = np.concatenate(lengths)
+  sizes[last] = seq_len - np.add.reduceat(sizes, first)
+  starts = np.cumsum(sizes) - sizes
+  segment_ids = np.repeat(ids.astype(np.int32), sizes)
+  positions = np.arange(len(segment_ids), dtype=np.int32)
+  positions -= np.repeat(starts.astype(np.int32), sizes)
+  positions *= segment_ids > 0
+  return positions.reshape(-1, seq_len), segment_ids.reshape(-1, seq_len)
 
 
 def row_counts(row: Row) -> dict[str, int]:
@@ -123,7 +146,7 @@ def _pieces(
 class _OpenRow:
   """A row with room left."""
 
-  def __init__(self, seq_len: int, pad_id: int):
+  def __init__(self, seq_len: int, pad_id: int, age: int):
     self.arrays = {
       "tokens": np.full(seq_len, pad_id, np.int32),
       "positions": np.zeros(seq_len, np.int32),
@@ -131,6 +154,7 @@ class _OpenRow:
       "loss_mask": np.zeros(seq_len, bool),
     }
     self.free = seq_len
+    self.age = age
     self._num_segments = 0
 
   def add(self, tokens: np.ndarray, loss_mask: np.ndarray) -> None:
@@ -147,3 +171,11 @@ class _OpenRow:
 
 def _free(row: _OpenRow) -> int:
   return row.free
+
+
+def _age(row: _OpenRow) -> int:
+  return row.age
+
+
+def _free_and_age(row: _OpenRow) -> tuple[int, int]:
+  return row.free, row.age

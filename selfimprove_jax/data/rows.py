@@ -1,8 +1,9 @@
 """Packed rows on disk: ArrayRecord files that are read by index, in any order.
 
-One record is one row, little-endian: magic, version (uint16), seq_len (uint32), then tokens
-(uint32), positions (uint16, or uint32 above 65,536 tokens), segment_ids (uint16) and loss_mask
-(uint8).
+One record is one row, little-endian: magic, version (uint16), seq_len (uint32), bytes a token
+(uint16, 2 or 4), number of segments (uint32); then tokens (uint16 if all are below 65,536, else
+uint32), the segments' lengths (uint32) and loss_mask (a bit each, the first in the highest bit).
+Positions and segment ids follow from the lengths.
 """
 
 import bisect
@@ -22,8 +23,10 @@ from selfimprove_jax.data import packing
 SUFFIX = ".array_record"
 
 _MAGIC = b"SIRW"
-_VERSION = 1
-_HEADER = struct.Struct("<4sHI")
+_VERSION = 2
+_PREFIX = struct.Struct("<4sHI")  # magic, version, seq_len
+_HEADER = struct.Struct("<4sHIHI")
+_ROWS_CHECKED_AT_ONCE = 64
 # One row a chunk, so that a read by index decompresses no other row. Written out in full because
 # the bytes of a file are part of an artefact's digest.
 _WRITER_OPTIONS = "group_size:1,zstd:3,max_parallelism:1"
@@ -36,19 +39,21 @@ def write_rows(path: str | os.PathLike, rows: Iterable[packing.Row]) -> dict[str
   Equal rows give equal bytes.
 
   Raises:
-    ValueError: rows of different lengths, a negative token, or over 65,535 segments in a row.
+    ValueError: rows of different lengths, a negative token, or segments that are not laid out as
+      `packing.pack` does.
   """
   counts = {"records": 0, "tokens": 0, "targets": 0, "padding": 0}
+  remaining = iter(rows)
   seq_len = None
   writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
   try:
-    for row in rows:
-      seq_len = seq_len or len(row["tokens"])
-      if len(row["tokens"]) != seq_len:
-        raise ValueError(f"rows of {seq_len} and of {len(row['tokens'])} tokens in one file")
-      writer.write(_encode(row))
-      for name, count in packing.row_counts(row).items():
-        counts[name] += count
+    while block := list(itertools.islice(remaining, _ROWS_CHECKED_AT_ONCE)):
+      seq_len = seq_len or len(block[0]["tokens"])
+      for record in _encode(block, seq_len):
+        writer.write(record)
+      for row in block:
+        for name, count in packing.row_counts(row).items():
+          counts[name] += count
   finally:
     writer.close()
   return counts
@@ -75,6 +80,7 @@ class RowSource:
     self.seq_len = seq_len
     self.num_tokens = sum(count["tokens"] for count in counts)
     self.num_targets = sum(count["targets"] for count in counts)
+    self._prefix = _PREFIX.pack(_MAGIC, _VERSION, seq_len)
     self._paths = [os.fspath(path) for path in paths]
     self._ends = list(itertools.accumulate(count["records"] for count in counts))
     self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
@@ -83,7 +89,11 @@ class RowSource:
     return self._ends[-1] if self._ends else 0
 
   def __getitem__(self, index: SupportsIndex) -> packing.Row:
-    """Row number `index`.
+    """Row number `index`; raises what `record` raises."""
+    return {name: array[0] for name, array in decode([self.record(index)], self.seq_len).items()}
+
+  def record(self, index: SupportsIndex) -> bytes:
+    """Row number `index` as it is stored, for `decode`; several threads may read.
 
     Raises:
       IndexError: there is no such row.
@@ -97,10 +107,13 @@ class RowSource:
     begin = self._ends[file - 1] if file else 0
     reader = self._reader(file, self._ends[file] - begin)
     try:
-      record = reader.read([index - begin])[0]
+      # Not `read([i])`, which goes through the whole file's index at every call.
+      (record,) = reader.read(index - begin, index - begin + 1)
     except RuntimeError as error:
       raise artifacts.ArtifactError(f"{self._paths[file]} is damaged: {error}") from error
-    return _decode(record, self.seq_len, self._paths[file])
+    if not record.startswith(self._prefix):
+      raise ValueError(_fault(record, self._paths[file], self.seq_len))
+    return record
 
   def __getstate__(self) -> dict:
     return self.__dict__ | {"_readers": {}}
@@ -136,42 +149,63 @@ def open_rows(artifact: artifacts.Artifact, *, seq_len: int, prefix: str = "") -
   return RowSource(paths, counts=[artifact.shards[n] for n in names], seq_len=seq_len)
 
 
-def _positions_dtype(seq_len: int) -> str:
-  return "<u2" if seq_len <= 1 << 16 else "<u4"
+def decode(records: Sequence[bytes], seq_len: int) -> packing.Batch:
+  """The batch of rows that `RowSource.record` gave, of one or of several sources."""
+  tokens = np.empty((len(records), seq_len), np.int32)
+  lengths, masks = [], []
+  for record, row in zip(records, tokens):
+    *_, token_bytes, num_segments = _HEADER.unpack_from(record)
+    row[:] = np.frombuffer(record, f"<u{token_bytes}", seq_len, _HEADER.size)
+    offset = _HEADER.size + seq_len * token_bytes
+    lengths.append(np.frombuffer(record, "<u4", num_segments, offset))
+    masks.append(record[offset + 4 * num_segments :])
+  mask_bits = np.frombuffer(b"".join(masks), np.uint8).reshape(len(records), -1)
+  positions, segment_ids = packing.layout(lengths, seq_len)
+  return {
+    "tokens": tokens,
+    "positions": positions,
+    "segment_ids": segment_ids,
+    "loss_mask": np.unpackbits(mask_bits, axis=1, count=seq_len).view(np.bool_),
+  }
 
 
-def _encode(row: packing.Row) -> bytes:
-  seq_len = len(row["tokens"])
-  if row["tokens"].min() < 0 or row["segment_ids"].max() > 0xFFFF:
-    raise ValueError(
-      f"a row has token {row['tokens'].min()} and {row['segment_ids'].max()} segments; tokens are "
-      f"0 or more, segments at most {0xFFFF}"
-    )
+def _encode(rows: Sequence[packing.Row], seq_len: int) -> list[bytes]:
+  records = [_encode_row(row, seq_len) for row in rows]
+  for name, array in decode(records, seq_len).items():
+    if not np.array_equal(array, [row[name] for row in rows]):
+      raise ValueError(
+        f"rows whose {name} cannot be stored: segments are numbered 1, 2, ... one behind the other "
+        f"with positions from 0 in each, and padding, 0 in both, is at the end of a row"
+      )
+  return records
+
+
+def _encode_row(row: packing.Row, seq_len: int) -> bytes:
+  tokens = row["tokens"]
+  if len(tokens) != seq_len:
+    raise ValueError(f"rows of {seq_len} and of {len(tokens)} tokens in one file")
+  if tokens.min() < 0:
+    raise ValueError(f"a row has token {tokens.min()}; tokens are 0 or more")
+  token_bytes = 2 if tokens.max() <= 0xFFFF else 4
+  lengths = np.bincount(row["segment_ids"])[1:]
   return b"".join(
     [
-      _HEADER.pack(_MAGIC, _VERSION, seq_len),
-      row["tokens"].astype("<u4").tobytes(),
-      row["positions"].astype(_positions_dtype(seq_len)).tobytes(),
-      row["segment_ids"].astype("<u2").tobytes(),
-      row["loss_mask"].astype("u1").tobytes(),
+      _HEADER.pack(_MAGIC, _VERSION, seq_len, token_bytes, len(lengths)),
+      tokens.astype(f"<u{token_bytes}").tobytes(),
+      lengths.astype("<u4").tobytes(),
+      np.packbits(row["loss_mask"]).tobytes(),
     ]
   )
 
 
-def _decode(record: bytes, seq_len: int, path: str) -> packing.Row:
-  magic, version, found = _HEADER.unpack_from(record)
-  if (magic, version) != (_MAGIC, _VERSION):
-    raise ValueError(f"{path} holds no packed rows of version {_VERSION}")
-  if found != seq_len:
-    raise ValueError(f"{path} has rows of {found} tokens; {seq_len} were asked for")
-  row, offset = {}, _HEADER.size
-  for name, stored, dtype in (
-    ("tokens", "<u4", np.int32),
-    ("positions", _positions_dtype(seq_len), np.int32),
-    ("segment_ids", "<u2", np.int32),
-    ("loss_mask", "u1", np.bool_),
-  ):
-    array = np.frombuffer(record, stored, seq_len, offset)
-    row[name] = array.astype(dtype)
-    offset += array.nbytes
-  return row
+def _fault(record: bytes, path: str, seq_len: int) -> str:
+  """Why a record is not a row of `seq_len` tokens."""
+  magic, version, found = _PREFIX.unpack_from(record.ljust(_PREFIX.size, b"\0"))
+  if magic != _MAGIC:
+    return f"{path} holds no packed rows of version {_VERSION}"
+  if version != _VERSION:
+    return (
+      f"{path} holds packed rows of version {version}, which only the release that wrote it reads; "
+      f"pack them again: this one reads version {_VERSION}"
+    )
+  return f"{path} has rows of {found} tokens; {seq_len} were asked for"

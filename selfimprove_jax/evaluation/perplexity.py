@@ -11,7 +11,7 @@ from jaxtyping import Float64, Int64
 from selfimprove_jax import partitioning
 from selfimprove_jax.data.rows import RowSource
 from selfimprove_jax.data.tokenizer import Tokenizer
-from selfimprove_jax.models.llama import Llama
+from selfimprove_jax.models.llama import Llama, output_head
 from selfimprove_jax.training import losses
 
 
@@ -65,8 +65,10 @@ class RowScorer:
 
     def nll(params, tokens_BT, positions_BT, segment_ids_BT):
       with partitioning.axis_rules():
-        logits_BTV, _ = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT)
-      return losses.next_token_nll(logits_BTV, tokens_BT)
+        hidden_BTD, _ = model.apply(
+          {"params": params}, tokens_BT, positions_BT, segment_ids_BT, logits=False
+        )
+      return losses.next_token_nll(hidden_BTD, output_head(params), tokens_BT)
 
     self._nll = jax.jit(nll, out_shardings=partitioning.replicated(mesh))
 
@@ -98,7 +100,7 @@ class RowScorer:
       arrays = {
         n: np.stack([row[n] for row in filled]) for n in ("tokens", "positions", "segment_ids")
       }
-      batch = partitioning.global_batch(arrays, self._mesh)
+      batch = partitioning.whole_batch(arrays, self._mesh)
       with jax.set_mesh(self._mesh):
         nll_BT = self._nll(params, batch["tokens"], batch["positions"], batch["segment_ids"])
       yield from zip(rows, np.asarray(nll_BT))

@@ -13,6 +13,7 @@ names; `partitioning.py` says what they mean on a mesh.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -307,7 +308,10 @@ class Llama(nn.Module):
       (c.vocab_size, c.embed_dim),
       jnp.dtype(c.param_dtype),
     )
-    x_BTD = jnp.take(embedding_VD.astype(c.dtype), tokens_BT, axis=0)
+    # Its width whole on every device, or the lookup gives rows in the table's layout, which XLA can
+    # only turn into the batch's by copying all of them to all devices.
+    table_VD = nn.with_logical_constraint(embedding_VD.astype(c.dtype), ("vocab", "act_embed"))
+    x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     x_BTD = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x_BTD)
     layer = Layer
@@ -332,6 +336,11 @@ class Llama(nn.Module):
       return x_BTD, cache
     logits_BTV = _project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
     return logits_BTV, cache
+
+
+def output_head(params: Any) -> Float[Array, "V D"]:
+  """The matrix that turns hidden states into logits: the embedding, if tied."""
+  return params["head_DV"].T if "head_DV" in params else params["embedding_VD"]
 
 
 def _project(x, weight, dtype=None):

@@ -56,7 +56,7 @@ def pretrain(
   Args:
     mixture: source -> weight. `unique` and `oracle` are repeated as often as the steps ask;
       another source is an input of that name, and is never repeated.
-    training: see `_train`.
+    training: see `train`.
   """
   tokens = context.inputs["tokens"]
   seq_len = training["seq_len"]
@@ -67,7 +67,7 @@ def pretrain(
     source = rows.open_rows(artifact, seq_len=seq_len, prefix=prefix)
     components.append(mixtures.Component(name, source, float(weight), repeat=is_real))
   network, mesh = LlamaConfig(**model), partitioning.make_mesh(**mesh)
-  summary, params = _train(
+  summary, params = train(
     context,
     model=network,
     mesh=mesh,
@@ -132,7 +132,7 @@ def tune_synthesizer(
   model = dataclasses.replace(seed_model.c, dropout_rate=dropout_rate)
   artifact, seq_len = context.inputs["pairs"], training["seq_len"]
   source = rows.open_rows(artifact, seq_len=seq_len, prefix=f"{pairs}-unique.")
-  summary, params = _train(
+  summary, params = train(
     context,
     model=model,
     mesh=mesh,
@@ -165,7 +165,7 @@ def _document_losses(context, model, mesh, params, source, evaluation):
   return scorer.documents(params, open_tokenizer(context.inputs["tokenizer"]))
 
 
-def _train(
+def train(
   context: Context,
   *,
   model: LlamaConfig,
@@ -182,8 +182,9 @@ def _train(
   """One run of the loop: the summary of it, and the parameters that it ended with.
 
   Args:
-    training: batch_rows, seq_len, peak_lr, final_lr, warmup_fraction, b1, b2, eps, clip_norm,
-      accumulation_steps, num_evaluations, num_checkpoints, keep, patience, board_every.
+    training: batch_rows, seq_len, optimizer, momentum_dtype, skip_spikes, peak_lr, final_lr,
+      warmup_fraction, b1, b2, eps, clip_norm, accumulation_steps, num_evaluations,
+      num_checkpoints, keep, patience, board_every.
     evaluation: batch_rows, and max_validation_rows for the evaluations between steps.
   """
   t = training
@@ -193,24 +194,29 @@ def _train(
     warmup_steps=min(round(t["warmup_fraction"] * num_steps), num_steps - 1),
     num_steps=num_steps,
   )
-  tx = optimizer.adamw(
+  tx = optimizer.make_optimizer(
+    t["optimizer"],
     learning_rate,
     weight_decay=weight_decay,
     b1=t["b1"],
     b2=t["b2"],
     eps=t["eps"],
     clip_norm=t["clip_norm"],
+    momentum_dtype=t["momentum_dtype"],
+    skip_spikes=t["skip_spikes"],
   )
   vocab_size = context.inputs["tokenizer"].summary["vocab_size"]
   if vocab_size > model.vocab_size:
     raise ValueError(f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}")
+  partitioning.check_batch(t["batch_rows"], mesh, accumulation_steps=t["accumulation_steps"])
+  process_index, process_count = partitioning.process_rows(mesh)
   mixture = mixtures.Mixture(
     components,
     batch_size=t["batch_rows"],
     num_steps=num_steps,
     seed=seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=process_index,
+    process_count=process_count,
   )
   network = Llama(model)
   scorer = perplexity.RowScorer(

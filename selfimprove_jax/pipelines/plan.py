@@ -3,20 +3,10 @@
 import pathlib
 from collections.abc import Sequence
 
+from selfimprove_jax.hardware import PEAK_FLOPS
 from selfimprove_jax.pipelines import stages as stages_lib
 from selfimprove_jax.pipelines.stages import Stage
 
-# Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets.
-PEAK_FLOPS = {
-  "v4": 275e12,
-  "v5e": 197e12,
-  "v5p": 459e12,
-  "v6e": 918e12,
-  "a100": 312e12,
-  "h100": 989e12,
-  "h200": 989e12,
-  "b200": 2250e12,
-}
 UTILISATION = 0.4
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, distributed
 from selfimprove_jax.pipelines import stages as stages_lib
 from selfimprove_jax.pipelines.stages import Stage
 from selfimprove_jax.progress import Progress
@@ -35,9 +35,12 @@ def check(config: dict[str, Any]) -> None:
   Raises:
     ValueError: there is one, which is named; or there is no such pipeline.
   """
-  from selfimprove_jax.pipelines import sbp_config
+  from selfimprove_jax.pipelines import continued_pretraining_config, sbp_config
 
-  checks = {"sbp": sbp_config.check}
+  checks = {
+    "sbp": sbp_config.check,
+    "continued_pretraining": continued_pretraining_config.check,
+  }
   if config.get("pipeline") not in checks:
     raise ValueError(f"pipeline={config.get('pipeline')!r} is unknown; there are {sorted(checks)}")
   checks[config["pipeline"]](config)
@@ -45,9 +48,21 @@ def check(config: dict[str, Any]) -> None:
 
 def build(config: dict[str, Any]) -> list[Stage]:
   """The stages of the pipeline that a checked config names."""
-  from selfimprove_jax.pipelines import sbp
+  from selfimprove_jax.pipelines import continued_pretraining, sbp
 
-  return {"sbp": sbp.build}[config["pipeline"]](config)
+  builds = {"sbp": sbp.build, "continued_pretraining": continued_pretraining.build}
+  return builds[config["pipeline"]](config)
+
+
+def report(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) -> None:
+  """Writes the report of a finished run, and prints its table and path."""
+  from selfimprove_jax.pipelines import continued_pretraining_report, sbp_report
+
+  reports = {
+    "sbp": sbp_report.make_and_print,
+    "continued_pretraining": continued_pretraining_report.make_and_print,
+  }
+  reports[config["pipeline"]](config, run_folder, command=command)
 
 
 def run(
@@ -71,29 +86,35 @@ def run(
   check(config)
   stages = build(config)
   chosen = select(stages, only)
-  artifacts.check_same_config(run_folder / CONFIG, config)
-  for stage in stages:
-    stages_lib.check_config(stage, run_folder)
-    if verify:
-      stages_lib.verify(stage, run_folder)
-  todo = [stage for stage in chosen if not stages_lib.is_complete(stage, run_folder)]
-  for stage in chosen:
-    if stage not in todo:
-      artifacts.tidy(run_folder / stage.name)
-      print(f"{stage.name}: complete", flush=True)
+  with distributed.main_first("config"):
+    if distributed.is_main():
+      artifacts.check_same_config(run_folder / CONFIG, config)
+      for stage in stages:
+        stages_lib.check_config(stage, run_folder)
+        if verify:
+          stages_lib.verify(stage, run_folder)
+  unfinished = distributed.from_main(
+    lambda: [stage.name for stage in chosen if not stages_lib.is_complete(stage, run_folder)]
+  )
+  todo = [stage for stage in chosen if stage.name in unfinished]
+  if distributed.is_main():
+    for stage in chosen:
+      if stage not in todo:
+        artifacts.tidy(run_folder / stage.name)
+        print(f"{stage.name}: complete", flush=True)
   parallel = config["runtime"]["parallel_stages"]
-  if parallel > 1 and _only_has_cpus():
+  if parallel > 1 and _has_only_this_cpu():
     _run_processes(todo, chosen, run_folder, parallel)
   else:
     for stage in todo:
       stages_lib.run_stage(stage, run_folder, progress)
 
 
-def _only_has_cpus() -> bool:
-  """Accelerators are not shared between processes: there stages run in order, in this one."""
+def _has_only_this_cpu() -> bool:
+  """Accelerators, and the processes of a job, are not shared between stages: these run in order."""
   import jax
 
-  return jax.default_backend() == "cpu"
+  return jax.default_backend() == "cpu" and jax.process_count() == 1
 
 
 def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:

@@ -1,10 +1,6 @@
 """From the artefacts of a finished run to its report: numbers, comparison, examples."""
 
-import importlib.metadata
-import os
 import pathlib
-import platform
-import subprocess
 from typing import Any
 
 import numpy as np
@@ -12,26 +8,23 @@ import numpy as np
 from selfimprove_jax import artifacts
 from selfimprove_jax.evaluation import comparison
 from selfimprove_jax.evaluation.statistics import Estimate
-from selfimprove_jax.pipelines import sbp, stages
+from selfimprove_jax.pipelines import provenance, sbp, stages
+from selfimprove_jax.report.table import print_table
+from selfimprove_jax.report.write import write_report
 
-_PACKAGES = (
-  "selfimprove_jax",
-  "jax",
-  "flax",
-  "optax",
-  "orbax-checkpoint",
-  "grain",
-  "tensorstore",
-  "tokenizers",
-  "scikit-learn",
-  "scann",
-  "numpy",
-)
 _NUM_EXAMPLES = 6
 _NUM_CURVE_POINTS = 60
 _MAX_SIMILARITIES = 20_000
 # All-in costs by the kind of stage that they fall in.
 _PARTS = {"seed": "seed", "embeddings": "embedding", "synthesizer": "tuning", "samples": "sampling"}
+
+
+def make_and_print(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) -> None:
+  """Writes `report.json` and `report.html`, and prints the table and the page's path."""
+  made = make_report(config, run_folder, command=command)
+  page = write_report(made, run_folder / "report")
+  print(print_table(made))
+  print(page)
 
 
 def make_report(
@@ -57,11 +50,8 @@ def make_report(
   report: dict[str, Any] = {
     "title": config["title"],
     "command": command,
-    "commit": _commit(),
     "config": config,
-    "versions": {"python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in _PACKAGES},
-    "hardware": _hardware(),
+    **provenance.describe(),
     "stages": [
       {
         "name": name,
@@ -234,30 +224,3 @@ def pair_examples(
     }
     for pair in chosen
   ]
-
-
-def _hardware():
-  import jax
-
-  devices = jax.devices()
-  return {
-    "devices": f"{len(devices)} x {devices[0].device_kind}",
-    "processes": jax.process_count(),
-    "cpu_cores": os.cpu_count(),
-    "machine": platform.machine(),
-  }
-
-
-def _commit():
-  """The commit of the code, marked where the tree differs from it; None outside a checkout."""
-  folder = pathlib.Path(__file__).resolve().parents[2]
-  try:
-    found = subprocess.run(
-      ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return found.stdout.strip()

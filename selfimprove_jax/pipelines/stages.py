@@ -7,11 +7,12 @@ import importlib
 import inspect
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, distributed
 from selfimprove_jax.progress import Progress
 
 TIMINGS = "timings.jsonl"
@@ -125,33 +126,55 @@ def run_stage(stage: Stage, run_folder: pathlib.Path, progress: Progress) -> Non
   """Makes the stage's artefact complete: all of it, what is missing of it, or nothing.
 
   Shards that are not as long as the manifest says are made again; the same config and inputs give
-  the same bytes, so what was built on them stays valid.
+  the same bytes, so what was built on them stays valid. In a job of several processes the main one
+  writes; the others take part in what devices do, and wait while there is nothing of it.
 
   Raises:
     artifacts.ArtifactError: an input is unfinished or damaged.
     artifacts.ConfigMismatchError: the folder holds another config, or was made from other inputs.
   """
   function = stage.load()
-  with _lock(run_folder / stage.name):
-    if is_complete(stage, run_folder):
-      artifacts.tidy(run_folder / stage.name)
-      return
-    inputs = {
-      role: artifacts.open_artifact(run_folder / name) for role, name in stage.inputs.items()
-    }
-    writer = artifacts.Writer(
-      run_folder / stage.name,
-      config=stage.config,
-      inputs={role: artifact.digest for role, artifact in inputs.items()},
+  if stage.uses_devices:
+    # Before there is a lock, a folder or a config: a follower must find what the main process
+    # found, not what it has made since.
+    distributed.barrier(f"{stage.name} begins")
+    follows = not distributed.is_main()
+    with contextlib.nullcontext() if follows else _lock(run_folder / stage.name):
+      if not distributed.from_main(lambda: is_complete(stage, run_folder)):
+        _make(stage, function, run_folder, progress)
+  elif distributed.is_main():
+    with _lock(run_folder / stage.name):
+      if not is_complete(stage, run_folder):
+        _make(stage, function, run_folder, progress)
+  if distributed.is_main():
+    artifacts.tidy(run_folder / stage.name)
+  distributed.barrier(f"{stage.name} is complete")
+
+
+def _make(stage, function, run_folder, progress):
+  inputs = {role: artifacts.open_artifact(run_folder / name) for role, name in stage.inputs.items()}
+  with contextlib.ExitStack() as stack:
+    arguments = dict(
+      config=stage.config, inputs={role: artifact.digest for role, artifact in inputs.items()}
     )
-    for name in writer.repair():
-      print(f"{stage.name}: {name} is damaged and is made again", flush=True)
+    folder = run_folder / stage.name
+    with distributed.main_first(stage.name) if stage.uses_devices else contextlib.nullcontext():
+      if distributed.is_main():
+        writer = artifacts.Writer(folder, **arguments)
+        for name in writer.repair():
+          print(f"{stage.name}: {name} is damaged and is made again", flush=True)
+      else:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="follower-"))
+        writer = artifacts.Follower(folder, scratch=scratch)
+    if stage.uses_devices:
+      distributed.barrier(f"{stage.name} is open")
     began = time.monotonic()
     try:
       summary = function(Context(stage.name, writer, inputs, progress), **stage.config)
       writer.finish(summary)
     finally:
-      record_seconds(run_folder, stage.name, time.monotonic() - began)
+      if distributed.is_main():
+        record_seconds(run_folder, stage.name, time.monotonic() - began)
 
 
 def record_seconds(run_folder: pathlib.Path, name: str, seconds: float) -> None:

@@ -90,6 +90,25 @@ def open_tokenizer(artifact: artifacts.Artifact) -> tokenizers.Tokenizer:
   return tokenizers.load_tokenizer(artifact.path("tokenizer"))
 
 
+def encoded_records(
+  documents: artifacts.Artifact,
+  role: str,
+  tokenizer: tokenizers.Tokenizer,
+  budget: float | int,
+  *,
+  batch_documents: int,
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+  """The first documents of a role up to `budget` tokens with BOS and EOS; ids are without these."""
+  spent = 0
+  records = role_records(documents, role)
+  while batch := list(itertools.islice(records, batch_documents)):
+    for record, ids in zip(batch, tokenizer.encode_batch([r["text"] for r in batch])):
+      if spent >= budget:
+        return
+      spent += len(ids) + 2  # BOS and EOS
+      yield record, ids
+
+
 def tokens(
   context: Context,
   *,
@@ -118,15 +137,10 @@ def tokens(
   summary: dict[str, Any] = {}
 
   def encoded(role: str, budget: float | int) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    spent = 0
-    records = role_records(documents, role)
-    while batch := list(itertools.islice(records, batch_documents)):
-      for record, ids in zip(batch, tokenizer.encode_batch([r["text"] for r in batch])):
-        if spent >= budget:
-          return
-        spent += len(ids) + 2  # BOS and EOS
-        bar.update(len(ids))
-        yield record, ids
+    records = encoded_records(documents, role, tokenizer, budget, batch_documents=batch_documents)
+    for record, ids in records:
+      bar.update(len(ids))
+      yield record, ids
 
   parts = {
     "unique": ("train", unique_tokens),

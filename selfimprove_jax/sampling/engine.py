@@ -135,7 +135,7 @@ class Engine:
       prompts_BT[row, : len(prompts[index])] = prompts[index]
     lengths_B = np.array([len(prompts[index]) for index in rows], np.int32)
     keys_B = self._seed_keys(seed, jnp.array([record_ids[i] for i in rows], jnp.uint32))
-    batch = partitioning.global_batch({"p": prompts_BT, "n": lengths_B}, self._mesh)
+    batch = partitioning.whole_batch({"p": prompts_BT, "n": lengths_B}, self._mesh)
     with jax.set_mesh(self._mesh):
       tokens_BM = np.asarray(self._generate(self._params, batch["p"], batch["n"], keys_B))
     return [self._completion(tokens_BM[row]) for row in range(len(prompts))]

@@ -41,7 +41,11 @@ def _leaf_checksums(tree):
     place = jnp.uint32(1)
     for axis, size in enumerate(x.shape):
       place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    # Mixed before they are summed: in a plain weighted sum two flipped sign bits cancel out.
+    mixed = bits * jnp.uint32(0x9E3779B1) + place * jnp.uint32(0x85EBCA6B)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+      mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
   return jax.tree.map(checksum, tree)
 

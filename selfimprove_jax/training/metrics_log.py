@@ -1,7 +1,7 @@
 """The curves of a run: `metrics.jsonl`, and TensorBoard files of the same numbers.
 
 `metrics.jsonl` holds what the run computed and nothing of when, so that an interrupted run's file
-is the uninterrupted one's. Speeds go to TensorBoard only.
+is the uninterrupted one's. Speeds go to `speed.jsonl` and TensorBoard.
 """
 
 import json
@@ -16,18 +16,26 @@ class MetricsLog:
   """Appends flat dicts of numbers by step."""
 
   FILE = "metrics.jsonl"
+  SPEED_FILE = "speed.jsonl"
 
-  def __init__(self, folder: str | os.PathLike, *, from_step: int):
-    """Goes on after `from_step`: later lines, of steps that will be made again, are dropped."""
-    from tensorboardX import SummaryWriter
+  def __init__(self, folder: str | os.PathLike, *, from_step: int, writes: bool = True):
+    """Goes on after `from_step`: later lines, of steps that will be made again, are dropped.
 
+    Args:
+      writes: False keeps the records in memory only, as the processes beside the main one do.
+    """
     folder = pathlib.Path(folder)
-    self._path = folder / self.FILE
-    self.records = [r for r in read_metrics(self._path) if r["step"] <= from_step]
-    text = "".join(json.dumps(record) + "\n" for record in self.records)
-    artifacts.write_atomic(self._path, text.encode())
-    self._file = self._path.open("a", encoding="utf-8")
-    self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+    path = folder / self.FILE
+    self.records = [r for r in read_metrics(path) if r["step"] <= from_step]
+    self._file = self._speed_file = self._board = None
+    if writes:
+      from tensorboardX import SummaryWriter
+
+      text = "".join(json.dumps(record) + "\n" for record in self.records)
+      artifacts.write_atomic(path, text.encode())
+      self._file = path.open("a", encoding="utf-8")
+      self._speed_file = (folder / self.SPEED_FILE).open("a", encoding="utf-8")
+      self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
   @property
   def last_loss(self) -> float | None:
@@ -38,19 +46,32 @@ class MetricsLog:
   def write(self, step: int, metrics: dict[str, float], *, board: bool = True) -> None:
     record = {"step": step, **metrics}
     self.records.append(record)
-    self._file.write(json.dumps(record) + "\n")
-    self._file.flush()
+    if self._file is not None:
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
     if board:
-      self.board(step, metrics)
+      self._to_board(step, metrics)
 
-  def board(self, step: int, metrics: dict[str, float]) -> None:
-    """To TensorBoard only: numbers that another run of the same steps would not repeat."""
-    for name, value in metrics.items():
-      self._board.add_scalar(name, value, step)
+  def write_speed(self, step: int, summary: dict[str, Any]) -> None:
+    """A `speed.Clock`'s summary, which another run of the same steps would not repeat."""
+    if self._speed_file is None:
+      return
+    self._speed_file.write(json.dumps({"step": step, **summary}) + "\n")
+    self._speed_file.flush()
+    shown = {"tokens_per_second": summary["tokens_per_second"], "goodput": summary["goodput"]}
+    if summary["mfu"] is not None:
+      shown["mfu"] = summary["mfu"]
+    self._to_board(step, {f"speed/{name}": value for name, value in shown.items()})
+
+  def _to_board(self, step, metrics):
+    if self._board is not None:
+      for name, value in metrics.items():
+        self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
+    for file in (self._file, self._speed_file, self._board):
+      if file is not None:
+        file.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from selfimprove_jax import partitioning
-from selfimprove_jax.models.llama import Llama
+from selfimprove_jax import partitioning, xla_options
+from selfimprove_jax.models.llama import Llama, output_head
 from selfimprove_jax.training import losses
+from selfimprove_jax.training.optimizer import SkipSpikesState
 
 
 @flax.struct.dataclass
@@ -119,7 +120,7 @@ def train_step(
   dropout_key: jax.Array,
   *,
   model: Llama,
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformationExtraArgs,
   learning_rate: optax.Schedule,
   accumulation_steps: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -128,7 +129,7 @@ def train_step(
   With `accumulation_steps` above 1 the batch is taken in that many parts, and gradients are
   weighted by target tokens, so that the update is that of the whole batch however unevenly the
   targets fall. Metrics: `loss` (nats per target token), `grad_norm` (before clipping), `tokens`
-  (targets), `learning_rate`.
+  (targets), `learning_rate`, and `skipped` (updates left out so far) if `tx` skips spikes.
 
   Raises:
     ValueError: the batch does not divide into `accumulation_steps` parts.
@@ -138,20 +139,21 @@ def train_step(
     raise ValueError(
       f"a batch of {num_rows} rows does not divide into {accumulation_steps} accumulation_steps"
     )
-  num_tokens = jnp.maximum(jnp.sum(batch["loss_mask"].astype(jnp.float32)), 1.0)
+  num_tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+  batch = {**batch, "weights": losses.target_weights(batch["loss_mask"])}
   key = jax.random.fold_in(dropout_key, state.step)
 
   def loss_fn(params, part, part_key):
-    logits_BTV, _ = model.apply(
+    hidden_BTD, _ = model.apply(
       {"params": params},
       part["tokens"],
       part["positions"],
       part["segment_ids"],
       deterministic=model.c.dropout_rate == 0.0,
+      logits=False,
       rngs={"dropout": part_key},
     )
-    loss_sum, _ = losses.loss_sum_and_tokens(logits_BTV, part["tokens"], part["loss_mask"])
-    return loss_sum / num_tokens
+    return losses.weighted_loss(hidden_BTD, output_head(params), part["tokens"], part["weights"])
 
   gradient = jax.value_and_grad(loss_fn)
   if accumulation_steps == 1:
@@ -170,7 +172,7 @@ def train_step(
     zeros = jax.tree.map(jnp.zeros_like, (num_tokens, state.params))
     (loss, grads), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(accumulation_steps)))
 
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
   params = optax.apply_updates(state.params, updates)
   metrics = {
     "loss": loss,
@@ -178,18 +180,23 @@ def train_step(
     "tokens": num_tokens,
     "learning_rate": learning_rate(state.step),
   }
+  if isinstance(opt_state, SkipSpikesState):
+    metrics["skipped"] = opt_state.num_skipped
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def make_train_step(
+def jit_train_step(
   model: Llama,
-  tx: optax.GradientTransformation,
+  tx: optax.GradientTransformationExtraArgs,
   learning_rate: optax.Schedule,
   mesh: Mesh,
   *,
   accumulation_steps: int,
 ):
-  """`train_step` jitted for a mesh: `(state, batch, dropout_key)`; the state is donated."""
+  """`train_step` of `(state, batch, dropout_key)` jitted for a mesh; the state is donated.
+
+  To be called or lowered with `mesh` in scope (`jax.set_mesh`).
+  """
   shardings = state_shardings(model, tx, mesh)
   replicated = partitioning.replicated(mesh)
 
@@ -205,12 +212,25 @@ def make_train_step(
         accumulation_steps=accumulation_steps,
       )
 
-  jitted = jax.jit(
+  return jax.jit(
     step,
     in_shardings=(shardings, partitioning.batch_sharding(mesh), replicated),
     out_shardings=(shardings, replicated),
     donate_argnums=0,
+    compiler_options=xla_options.for_platform(mesh.devices.flat[0].platform),
   )
+
+
+def make_train_step(
+  model: Llama,
+  tx: optax.GradientTransformationExtraArgs,
+  learning_rate: optax.Schedule,
+  mesh: Mesh,
+  *,
+  accumulation_steps: int,
+):
+  """`jit_train_step` to be called from anywhere."""
+  jitted = jit_train_step(model, tx, learning_rate, mesh, accumulation_steps=accumulation_steps)
 
   def run(state, batch, dropout_key):
     with jax.set_mesh(mesh):

@@ -1,7 +1,10 @@
 import collections
+import hashlib
+import itertools
 import threading
 import time
 
+import grain
 import numpy as np
 import pytest
 
@@ -113,6 +116,69 @@ def test_a_batch_is_a_function_of_the_step_alone(make_source):
   assert [_tokens(other.batch(step)) for step in range(20)] != forwards
 
 
+def test_many_rows_are_in_the_order_of_grains_shuffle(make_source):
+  read = []
+
+  class Long(rows.RowSource):
+    def __len__(self):
+      return 1 << 16
+
+    def record(self, index):
+      read.append(index)
+      return super().record(0)
+
+  source = make_source("a", 1)
+  source.__class__ = Long
+  data = mixture.Mixture([_component("a", source)], batch_size=1024, num_steps=256, seed=3)
+  seed = int.from_bytes(hashlib.blake2b(b"3\0a", digest_size=4).digest())
+  order = grain.MapDataset.source(range(1 << 16)).shuffle(seed=seed).repeat(4)
+  for step in (0, 63, 64, 255):
+    data.batch(step)
+    assert read == [order[step * 1024 + i] for i in range(1024)]
+    read.clear()
+
+
+def test_every_order_of_few_rows_is_as_likely_as_any_other(make_source):
+  data = mixture.Mixture(
+    [_component("a", make_source("a", 3))], batch_size=300, num_steps=20, seed=0
+  )
+  seen = np.concatenate([data.batch(step)["tokens"][:, 0] for step in range(20)])
+  counts = collections.Counter(map(tuple, seen.reshape(2000, 3).tolist()))
+  assert sorted(counts) == sorted(itertools.permutations(range(3)))
+  chi_square = sum((count - 2000 / 6) ** 2 / (2000 / 6) for count in counts.values())
+  assert chi_square < 20.5  # of 5 degrees of freedom: once in a thousand
+
+
+def test_the_order_of_few_rows_stays_as_it_was(make_source):
+  """A run goes on with the same data in another release of ours or of numpy."""
+  data = mixture.Mixture(
+    [_component("a", make_source("a", 10))], batch_size=10, num_steps=2, seed=0
+  )
+  assert [_tokens(data.batch(step)) for step in range(2)] == [
+    [5, 4, 9, 2, 7, 3, 8, 0, 6, 1],
+    [8, 3, 9, 7, 5, 0, 4, 6, 2, 1],
+  ]
+
+
+def test_the_last_step_of_a_very_long_run_is_like_any_other(make_source):
+  components = [
+    _component("a", make_source("a", 7), 0.9),
+    _component("b", make_source("b", 90, first_token=100), 0.1),
+  ]
+  num_steps = 10**9  # of 10 rows; numbers beyond 32 bits
+  data = mixture.Mixture(components, batch_size=10, num_steps=num_steps, seed=0)
+  parts = [
+    mixture.Mixture(
+      components, batch_size=10, num_steps=num_steps, seed=0, process_index=i, process_count=2
+    )
+    for i in range(2)
+  ]
+  last = _tokens(data.batch(num_steps - 1))
+  assert sorted(token // 100 for token in last) == [0] * 9 + [1]
+  assert [t for part in parts for t in _tokens(part.batch(num_steps - 1))] == last
+  assert data.rows_used(num_steps) == {"a": 9 * 10**9, "b": 10**9}
+
+
 def test_neighbouring_seeds_and_components_of_one_size_have_unlike_orders(make_source):
   source = make_source("a", 200)
   names = [("a", 0), ("b", 0), ("a", 1)]
@@ -149,10 +215,10 @@ def test_batches_that_nobody_waits_for_are_not_made(make_source):
   made = []
 
   class Slow(rows.RowSource):
-    def __getitem__(self, index):
+    def record(self, index):
       made.append(index)
       time.sleep(0.01)
-      return super().__getitem__(index)
+      return super().record(index)
 
   source = make_source("a", 9)
   source.__class__ = Slow
@@ -165,10 +231,10 @@ def test_batches_that_nobody_waits_for_are_not_made(make_source):
 
 def test_an_error_in_the_thread_reaches_the_consumer_when_its_step_is_due(make_source):
   class Breaking(rows.RowSource):
-    def __getitem__(self, index):
+    def record(self, index):
       if index == 5:
         raise OSError("the disk is gone")
-      return super().__getitem__(index)
+      return super().record(index)
 
   source = make_source("a", 12)
   source.__class__ = Breaking

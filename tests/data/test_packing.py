@@ -86,6 +86,23 @@ def test_the_fullest_row_is_given_out_where_no_more_may_be_open():
   assert [int(row["tokens"][0]) for row in stream] == [6, 7, 5, 4]
 
 
+def test_of_rows_equally_full_the_oldest_is_filled_and_given_out_first():
+  filled = _pack([_example(4, 4), _example(4, 5), _example(5, 6), _example(3, 3)], 7)
+  assert [[tokens[0] for tokens, _ in _segments(row)] for row in filled] == [[4, 3], [5], [6]]
+  given = _pack([_example(5, 5), _example(5, 4), _example(6, 6)], 8, num_open_rows=2)
+  assert [int(row["tokens"][0]) for row in given] == [5, 4, 6]
+
+
+def test_positions_and_segments_follow_from_lengths():
+  positions, segment_ids = packing.layout(
+    [np.array([3, 1]), np.array([], int), np.array([2, 3]), np.array([5])], 5
+  )
+  np.testing.assert_array_equal(
+    positions, [[0, 1, 2, 0, 0], [0] * 5, [0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]
+  )
+  np.testing.assert_array_equal(segment_ids, [[1, 1, 1, 2, 0], [0] * 5, [1, 1, 2, 2, 2], [1] * 5])
+
+
 def test_a_row_without_room_for_a_segment_is_given_out_at_once():
   assert [int(row["tokens"][0]) for row in _pack([_example(4, 4), _example(7, 7)], 8)] == [7, 4]
 

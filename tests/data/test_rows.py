@@ -1,5 +1,7 @@
+import concurrent.futures
 import pathlib
 import pickle
+import struct
 
 import numpy as np
 import pytest
@@ -83,15 +85,85 @@ def test_another_row_length_is_refused(tmp_path):
     rows.write_rows(tmp_path / "b", [*_packed(1), *_packed(1, seq_len=32)])
 
 
-def test_other_records_are_refused(tmp_path):
+@pytest.mark.parametrize(
+  "record, fault",
+  [
+    (b"something of another kind", "no packed rows of version 2"),
+    (b"abc", "no packed rows of version 2"),
+    (struct.pack("<4sHI", b"SIRW", 1, 16) + bytes(16 * 9), "rows of version 1.*pack them again"),
+  ],
+)
+def test_other_records_are_refused(tmp_path, record, fault):
   from array_record.python import array_record_module
 
   writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a"), "group_size:1")
-  writer.write(b"something of another kind")
+  writer.write(record)
   writer.close()
   counts = {"records": 1, "tokens": 1, "targets": 1}
-  with pytest.raises(ValueError, match="no packed rows of version 1"):
+  with pytest.raises(ValueError, match=fault):
     rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=16)[0]
+
+
+def test_a_batch_of_records_from_several_files_is_their_rows(tmp_path):
+  """Of vocabularies below and above 2**16, full and padded rows, a length no multiple of 8."""
+  seq_len, rng = 21, np.random.default_rng(0)
+  written, records = [], []
+  for name, vocab_size in (("a", 1 << 16), ("b", (1 << 16) + 1), ("c", 1 << 31)):
+    examples = [
+      packing.Example(rng.integers(0, vocab_size, n).astype(np.int32), rng.random(n) < 0.5)
+      for n in [seq_len, seq_len - 1, *rng.integers(2, seq_len, 200).tolist()]
+    ]
+    packed = list(packing.pack(examples, seq_len=seq_len, pad_id=vocab_size - 1))
+    counts = rows.write_rows(tmp_path / name, packed)
+    source = rows.RowSource([tmp_path / name], counts=[counts], seq_len=seq_len)
+    written += packed
+    records += [source.record(i) for i in range(len(source))]
+  order = rng.permutation(len(written))
+  batch = rows.decode([records[i] for i in order], seq_len)
+  stacked = {name: np.stack([written[i][name] for i in order]) for name in written[0]}
+  _assert_equal(batch, stacked)
+
+
+def test_short_ids_take_half_the_room(tmp_path):
+  sizes = []
+  for vocab_size in (1 << 16, 1 << 31):
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 1_000_000).astype(np.int32)
+    packed = packing.pack([packing.Example(tokens, tokens >= 0)], seq_len=1000, pad_id=0)
+    rows.write_rows(tmp_path / "a", packed)
+    sizes.append((tmp_path / "a").stat().st_size)
+  assert sizes[0] < 2_300_000 < 4_000_000 < sizes[1] < 4_500_000
+
+
+def test_several_threads_read_one_source(tmp_path):
+  written = [_packed(400), _packed(400, seed=1)]
+  paths = [tmp_path / name for name in "ab"]
+  counts = [rows.write_rows(path, packed) for path, packed in zip(paths, written)]
+  flat = [row["tokens"].tolist() for packed in written for row in packed]
+  for _ in range(5):  # the files are opened anew, by all threads at once
+    source = rows.RowSource(paths, counts=counts, seq_len=16)
+    order = np.random.default_rng(0).permutation(len(flat)).tolist() * 4
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+      found = list(threads.map(lambda i, source=source: source[i]["tokens"].tolist(), order))
+    assert found == [flat[i] for i in order]
+
+
+@pytest.mark.parametrize(
+  "name, values",
+  [
+    ("segment_ids", [1, 1, 0, 2, 2]),
+    ("segment_ids", [0, 1, 1, 2, 2]),
+    ("segment_ids", [1, 2, 1, 2, 0]),
+    ("positions", [0, 1, 1, 2, 0]),
+    ("positions", [0, 1, 0, 1, 1]),
+  ],
+)
+def test_segments_that_could_not_be_read_back_are_refused(tmp_path, name, values):
+  examples = [packing.Example([7, 8], [False, True])] * 2
+  (row,) = packing.pack(examples, seq_len=5, pad_id=0)
+  rows.write_rows(tmp_path / "a", [row])
+  row[name] = np.array(values, np.int32)
+  with pytest.raises(ValueError, match="cannot be stored: segments are numbered 1, 2"):
+    rows.write_rows(tmp_path / "a", [row])
 
 
 def test_negative_tokens_are_refused(tmp_path):

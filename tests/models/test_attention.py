@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from selfimprove_jax import partitioning
 from selfimprove_jax.models import attention
 
 B, T, N, K, H = 2, 7, 4, 2, 6
@@ -82,8 +85,165 @@ def test_without_segments_a_row_is_one_document():
   )
 
 
+def _packed(T, documents, padding):
+  """Segments and positions of two rows: one of these documents and padding, one of one document."""
+  segments = np.ones((2, T), np.int32)
+  positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+  lengths = [*documents, padding]
+  assert sum(lengths) == T
+  segments[0] = np.repeat([*range(1, len(documents) + 1), 0], lengths)
+  positions[0] = np.concatenate([np.arange(length) for length in lengths])
+  return segments, positions
+
+
+def _forward_and_gradients(implementation, *, T, K, segments, positions, dtype=jnp.float32):
+  """Context and the gradients by q, k, v of a fixed weighting of it; padding left out."""
+  r = np.random.default_rng(0)
+  shapes = ((2, T, 4, 8), (2, K, T, 8), (2, K, T, 8))
+  qkv = tuple(jnp.array(r.normal(size=shape), dtype) for shape in shapes)
+  weights = np.float32(r.normal(size=shapes[0]))
+  if segments is not None:
+    weights = weights * (segments > 0)[:, :, None, None]
+
+  def weighted(q, k, v):
+    out = _attend(
+      q, k, v, segments=segments, positions=positions, implementation=implementation
+    ).astype(jnp.float32)
+    return jnp.sum(out * weights), out * (weights != 0)
+
+  (_, out), gradients = jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True)(*qkv)
+  return (out, *gradients)
+
+
+# 384 positions are three tiles of the kernels; 300 are filled up to as many. A document ends within
+# a tile, at the end of one, and one is longer than a tile.
+_ROWS = {
+  "packed": dict(T=384, documents=(100, 28, 200), padding=56),
+  "packed, not in tiles": dict(T=300, documents=(90, 150), padding=60),
+  "one document a row": dict(T=256, documents=None, padding=0),
+}
+
+
+@pytest.mark.parametrize(
+  ("rows", "num_kv_heads"),
+  [("packed", 2), ("packed, not in tiles", 1), ("one document a row", 4)],
+)
+@pytest.mark.parametrize("implementation", ["splash", "pallas_gpu"])
+def test_every_implementation_agrees_with_xla_forwards_and_backwards(
+  implementation, rows, num_kv_heads
+):
+  row = _ROWS[rows]
+  segments, positions = _packed(row["T"], row["documents"] or (row["T"],), row["padding"])
+  arguments = dict(T=row["T"], K=num_kv_heads, positions=positions)
+  arguments["segments"] = None if row["documents"] is None else segments
+  found = _forward_and_gradients(implementation, **arguments)
+  expected = _forward_and_gradients("xla", **arguments)
+  for name, a, b in zip(("context", "dq", "dk", "dv"), found, expected, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", ["splash", "pallas_gpu"])
+def test_a_kernel_on_a_mesh_gives_what_it_gives_on_one_device(implementation):
+  segments, positions = _packed(128, (50, 70), 8)
+  arguments = dict(T=128, K=2, segments=segments, positions=positions)
+  mesh = partitioning.make_mesh(dcn=2, data=1, fsdp=1, tensor=2, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    on_mesh = jax.jit(lambda: _forward_and_gradients(implementation, **arguments))()
+  for a, b in zip(on_mesh, _forward_and_gradients(implementation, **arguments), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+    assert {s.data.shape[0] for s in on_mesh[0].addressable_shards} == {1}
+
+
+@pytest.mark.parametrize("rows", ["packed", "one document a row"])
+def test_long_rows_go_in_blocks_of_queries_and_give_the_same(monkeypatch, rows):
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 64)
+  T = 150  # not a multiple of the block
+  segments, positions = _packed(
+    T, (60, 80) if rows == "packed" else (T,), T - 140 if rows == "packed" else 0
+  )
+  arguments = dict(T=T, K=2, positions=positions, segments=segments if rows == "packed" else None)
+  whole = _forward_and_gradients("xla", **arguments)
+  monkeypatch.setattr(attention, "BLOCK_QUERIES_FROM", 128)
+  for a, b in zip(_forward_and_gradients("xla", **arguments), whole, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_rows_of_4096_never_have_all_their_scores_in_memory():
+  T, heads = 4096, 4
+
+  def loss(q, k, v, segments):
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    out = _attend(q, k, v, segments=segments, positions=positions)
+    return jnp.sum(out.astype(jnp.float32))
+
+  shapes = ((1, T, heads, 64), (1, heads, T, 64), (1, heads, T, 64))
+  qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  segments = jax.ShapeDtypeStruct((1, T), jnp.int32)
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*qkv, segments).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < heads * T * T * 4  # scores, in float32
+
+
+def test_a_cache_is_read_with_any_implementation_that_takes_one():
+  q, k, v = _qkv()
+  outs = [
+    attention.attend(
+      q[:, 4:5],
+      k,
+      v,
+      query_positions_BT=jnp.full((B, 1), 4),
+      key_positions_BS=jnp.broadcast_to(jnp.arange(T), (B, T)),
+      query_segments_BT=None,
+      key_segments_BS=None,
+      implementation=implementation,
+    )
+    for implementation in ("xla", "auto", "splash", "pallas_gpu")
+  ]
+  for out in outs[1:]:
+    np.testing.assert_array_equal(out, outs[0])
+
+
+_KERNEL = dict(T=4096, N=24, K=8, H=128)
+
+
+@pytest.mark.parametrize(
+  ("platform", "changes", "chosen"),
+  [
+    ("tpu", {}, "splash"),
+    ("tpu", {"is_packed": False}, "splash"),
+    ("tpu", {"T": 100}, "xla"),
+    ("tpu", {"S": 8192}, "xla"),
+    ("gpu", {}, "pallas_gpu"),
+    ("gpu", {"is_packed": False}, "cudnn"),
+    ("gpu", {"is_packed": False, "H": 256}, "xla"),
+    ("gpu", {"dtype": jnp.float32}, "xla"),
+    ("cpu", {}, "xla"),
+  ],
+)
+def test_auto_takes_what_is_right_for_the_device_and_the_rows(platform, changes, chosen):
+  c = {**_KERNEL, "is_packed": True, "dtype": jnp.bfloat16, **changes}
+  q = jax.ShapeDtypeStruct((2, c["T"], c["N"], c["H"]), c["dtype"])
+  k = jax.ShapeDtypeStruct((2, c["K"], c.get("S", c["T"]), c["H"]), c["dtype"])
+  assert attention._choose(q, k, is_packed=c["is_packed"], platform=platform) == chosen
+
+
+def test_the_gpu_kernel_is_lowered_for_cuda_without_a_gpu():
+  def loss(q, k, v, segments):
+    out = attention._tiled(
+      functools.partial(attention._pallas_gpu, interpret=False), q, k, v, segments
+    )
+    return jnp.sum(out.astype(jnp.float32))
+
+  shapes = ((2, 512, 4, 128), (2, 2, 512, 128), (2, 2, 512, 128))
+  qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  segments = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+  traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv, segments)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  for kernel in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
+    assert kernel in text
+
+
 def test_an_implementation_that_cannot_separate_documents_refuses_them():
-  with pytest.raises(ValueError, match=r"'cudnn' takes neither segment ids.*attention='xla'"):
+  with pytest.raises(ValueError, match=r"'cudnn' takes neither segment ids.*attention='auto'"):
     _attend(*_qkv(), implementation="cudnn")
 
 
@@ -103,7 +263,7 @@ def test_an_implementation_that_cannot_use_a_cache_refuses_it():
 
 
 def test_an_unknown_implementation_is_refused_with_the_known_ones():
-  with pytest.raises(ValueError, match=r"'flash'.*'xla', 'cudnn'"):
+  with pytest.raises(ValueError, match=r"'flash'.*'xla', 'splash', 'cudnn'"):
     _attend(*_qkv(), implementation="flash")
 
 

@@ -1,9 +1,15 @@
 import dataclasses
 import functools
+import json
+import multiprocessing
+import pathlib
+import runpy
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import portpicker
 import pytest
 
 from selfimprove_jax.data import packing, rows
@@ -26,7 +32,9 @@ CONFIG = llama.LlamaConfig(
 
 LEARNING_RATE = optimizer.warmup_cosine(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2, num_steps=20)
 # With a small eps AdamW makes full steps of the rounding noise in gradients near 0.
-TX = optimizer.adamw(LEARNING_RATE, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-3, clip_norm=1.0)
+TX = optimizer.make_optimizer(
+  "adamw", LEARNING_RATE, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-3, clip_norm=1.0
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,3 +94,84 @@ def source(packed_rows, tmp_path_factory) -> rows.RowSource:
   path = tmp_path_factory.mktemp("rows") / "00000-of-00001.array_record"
   counts = rows.write_rows(path, packed_rows)
   return rows.RowSource([path], counts=[counts], seq_len=SEQ_LEN)
+
+
+@dataclasses.dataclass
+class Job:
+  """Processes that train in a folder."""
+
+  folder: pathlib.Path
+  processes: list[multiprocessing.Process]
+
+  def end(self, timeout=120) -> list[int]:
+    """The exit codes, once all have ended by themselves."""
+    for process in self.processes:
+      process.join(timeout)
+      assert process.exitcode is not None, f"{process} goes on: {self.log()}"
+    return [process.exitcode for process in self.processes]
+
+  def kill(self) -> None:
+    for process in self.processes:
+      process.kill()
+      process.join()
+
+  def num_steps(self) -> int:
+    """Lines of metrics so far, which is a little more than the steps."""
+    path = self.folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+  def wait_until(self, condition) -> None:
+    while not condition():
+      assert all(p.is_alive() for p in self.processes), f"ended too soon: {self.log()}"
+      time.sleep(0.001)
+
+  def log(self) -> str:
+    return "".join(path.read_text() for path in sorted(self.folder.glob("log-*")))
+
+  def result(self) -> dict:
+    return json.loads((self.folder / "result.json").read_text())
+
+
+@pytest.fixture
+def start_job(source, compilation_cache, monkeypatch):
+  """Starts a job of some processes, each with CPU devices of its own, that trains in a folder."""
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
+  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  here = pathlib.Path(__file__).parent
+  # The processes are forked from one that has imported the package but not touched a device.
+  processes = multiprocessing.get_context("forkserver")
+  processes.set_forkserver_preload(["selfimprove_jax.training.loop", "tensorboardX"])
+  jobs = []
+
+  def start(folder, *, num_processes=1, num_devices=1, mesh=None, stuck=(None, None), **changes):
+    folder.mkdir(exist_ok=True)
+    port = portpicker.pick_unused_port()
+    started = []
+    for process_id in range(num_processes):
+      settings = {
+        "folder": str(folder),
+        "conftest": str(here / "conftest.py"),
+        "log": str(folder / f"log-{process_id}"),
+        "rows": source._paths[0],
+        "num_rows": len(source),
+        "num_steps": 40,
+        "checkpoint_every": 3,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "num_devices": num_devices,
+        "mesh": mesh or {"data": 1, "fsdp": -1, "tensor": 1},
+        "port": port,
+        "heartbeat_seconds": 100,
+        "hang_seconds": 100,
+        "stuck_at": stuck[1] if stuck[0] == process_id else None,
+      }
+      arguments = (str(here / "job.py"), {"SETTINGS": settings | changes})
+      started.append(processes.Process(target=runpy.run_path, args=arguments))
+      started[-1].start()
+    jobs.append(Job(folder, started))
+    return jobs[-1]
+
+  yield start
+  for job in jobs:
+    job.kill()

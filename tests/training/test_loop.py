@@ -1,11 +1,7 @@
 import dataclasses
 import functools
 import io
-import multiprocessing
-import pathlib
-import runpy
 import signal
-import time
 
 import jax
 import numpy as np
@@ -85,7 +81,7 @@ class _Scripted:
 def _stop_at(monkeypatch, num_steps):
   """Lets SIGTERM seem to come in the given step of the next run."""
   steps = iter(range(1, 1000))
-  monkeypatch.setattr(preemption, "requested", lambda: next(steps) == num_steps)
+  monkeypatch.setattr(preemption, "requested", lambda _: next(steps) == num_steps)
 
 
 def _assert_same(found, expected):
@@ -158,7 +154,7 @@ def test_sigterm_saves_and_leaves_with_143_and_the_run_goes_on_as_if_nothing_had
     assert raised.value.code == 143
   assert "stopped at step 7, state saved" in raised.value.message
   assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 7
-  monkeypatch.setattr(preemption, "requested", lambda: False)
+  monkeypatch.setattr(preemption, "requested", lambda _: False)
   resumed = train(tmp_path)
   _assert_same(resumed.params, result.params)
   assert resumed.curve == result.curve
@@ -174,7 +170,7 @@ def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
     train(tmp_path)
   metadata = tmp_path / "checkpoints" / "8" / "checksums" / "metadata"
   metadata.write_bytes(metadata.read_bytes()[:-5])
-  monkeypatch.setattr(preemption, "requested", lambda: False)
+  monkeypatch.setattr(preemption, "requested", lambda _: False)
   resumed = train(tmp_path)
   assert "going back to the checkpoint before it" in caplog.text
   _assert_same(resumed.params, result.params)
@@ -244,111 +240,31 @@ def test_a_run_begins_from_the_parameters_it_is_given_and_leaves_them_alive(
   _assert_same(result.params, first)
 
 
-_SCRIPT = """
-import importlib.util, pathlib
-import numpy as np
-
-spec = importlib.util.spec_from_file_location("conftest", CONFTEST)
-conftest = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(conftest)
-from selfimprove_jax import partitioning
-from selfimprove_jax.data import mixture, rows
-from selfimprove_jax.models import llama
-from selfimprove_jax.progress import Progress
-from selfimprove_jax.training import checkpoint, loop, preemption
-
-preemption.install()
-folder = pathlib.Path(FOLDER)
-counts = {"records": NUM_ROWS, "tokens": 0, "targets": 0, "padding": 0}
-source = rows.RowSource([ROWS], counts=[counts], seq_len=conftest.SEQ_LEN)
-setup = conftest.Setup(llama.Llama(conftest.CONFIG))
-result = loop.train(
-  folder=folder,
-  model=setup.model,
-  tx=setup.tx,
-  learning_rate=setup.learning_rate,
-  mesh=partitioning.make_mesh(data=1, fsdp=1, tensor=1),
-  mixture=mixture.Mixture(
-    [mixture.Component("unique", source, 1.0, True)], batch_size=4, num_steps=NUM_STEPS, seed=0
-  ),
-  schedule=loop.Schedule(
-    num_steps=NUM_STEPS, board_every=50, evaluate_every=10, checkpoint_every=3, keep=2
-  ),
-  seed=0,
-  evaluate=lambda params: float(np.asarray(params["embedding_VD"]).sum()),
-  label="test",
-  progress=Progress(quiet=True),
-)
-sums = sorted(checkpoint.checksums(result.params).items())
-(folder / "result").write_text(f"{result.step} {sums}")
-"""
-
-
-@pytest.fixture
-def start_run(tmp_path, source, compilation_cache, monkeypatch):
-  """Starts a process that trains in a folder, on one CPU device of its own."""
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
-  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-  script = tmp_path / "script.py"
-  script.write_text(_SCRIPT)
-  # The processes are forked from one that has imported the package but not touched a device.
-  processes = multiprocessing.get_context("forkserver")
-  processes.set_forkserver_preload(["selfimprove_jax.training.loop", "tensorboardX"])
-
-  def start(folder):
-    names = {
-      "CONFTEST": str(pathlib.Path(__file__).with_name("conftest.py")),
-      "FOLDER": str(folder),
-      "ROWS": source._paths[0],
-      "NUM_ROWS": len(source),
-      "NUM_STEPS": 40,
-    }
-    process = processes.Process(target=runpy.run_path, args=(str(script), names))
-    process.start()
-    return process
-
-  return start
-
-
-def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_uninterrupted_one(tmp_path, start_run):
+def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_uninterrupted_one(tmp_path, start_job):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-  def wait_until(process, condition):
-    while not condition():
-      assert process.is_alive(), "the run ended before it could be killed"
-      time.sleep(0.001)
-
-  def end(process):
-    process.join(timeout=120)
-    return process.exitcode
-
-  def num_lines():
-    path = killed / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
   def saving():
     return list((killed / "checkpoints").glob("*orbax-checkpoint-tmp*"))
 
-  uninterrupted = start_run(whole)
+  uninterrupted = start_job(whole)
 
-  process = start_run(killed)
-  wait_until(process, lambda: num_lines() > 8)  # in some step after the seventh
-  process.kill()
-  assert end(process) == -signal.SIGKILL
+  job = start_job(killed)
+  job.wait_until(lambda: job.num_steps() > 8)  # in some step after the seventh
+  job.kill()
 
-  process, reached = start_run(killed), num_lines()
-  wait_until(process, lambda: num_lines() > reached and saving())
-  process.kill()
-  assert end(process) == -signal.SIGKILL
+  job = start_job(killed)
+  reached = job.num_steps()
+  job.wait_until(lambda: job.num_steps() > reached and saving())
+  job.kill()
   assert saving(), "it was killed after the save, not in it"
 
-  process, reached = start_run(killed), num_lines()
-  wait_until(process, lambda: num_lines() > reached)
-  process.terminate()
-  assert end(process) == 128 + signal.SIGTERM
+  job = start_job(killed)
+  reached = job.num_steps()
+  job.wait_until(lambda: job.num_steps() > reached)
+  job.processes[0].terminate()
+  assert job.end() == [128 + signal.SIGTERM]
 
-  assert end(start_run(killed)) == end(uninterrupted) == 0
-  assert (killed / "result").read_text() == (whole / "result").read_text()
+  assert start_job(killed).end() == uninterrupted.end() == [0]
+  assert (killed / "result.json").read_bytes() == (whole / "result.json").read_bytes()
   assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
   assert not saving()

@@ -1,0 +1,92 @@
+"""How fast a run is, and where its time goes: `speed.jsonl`, TensorBoard and a line at the end.
+
+Kept apart from `metrics.jsonl`, which holds only what another run of the same steps would repeat.
+
+Model FLOPs utilisation (MFU) counts what the model needs, not what was computed: causal attention
+half, nothing for remat, padding as tokens; over the time of the steps alone. Goodput is the share
+of the time since the process began to train that went into steps.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+LOST = ("compile", "data", "evaluation", "checkpoint")
+
+
+class Clock:
+  """Tells the time of steps from the time lost to everything else."""
+
+  def __init__(
+    self, *, step_tokens: int, flops_per_token: float | int, peak: tuple[float, str] | None
+  ):
+    """Starts.
+
+    Args:
+      step_tokens: of all devices, padding included.
+      peak: FLOP/s of all devices together, and its name (`hardware.peak`).
+    """
+    self._step_tokens = step_tokens
+    self._flops_per_token = flops_per_token
+    self._peak = peak
+    self._lost = dict.fromkeys(LOST, 0.0)
+    self._steps: list[float] = []
+    self._began = self._mark = time.perf_counter()
+    self._lost_since_mark = 0.0
+
+  @contextlib.contextmanager
+  def lost_to(self, cause: str) -> Iterator[None]:
+    """Counts the time within as lost to one of `LOST`."""
+    began = time.perf_counter()
+    try:
+      yield
+    finally:
+      seconds = time.perf_counter() - began
+      self._lost[cause] += seconds
+      self._lost_since_mark += seconds
+
+  def step_done(self) -> None:
+    """Ends a step: the time since the last one, less what was lost meanwhile, was this one's."""
+    now = time.perf_counter()
+    self._steps.append(now - self._mark - self._lost_since_mark)
+    self._mark, self._lost_since_mark = now, 0.0
+
+  def summary(self, last_steps: int | None = None) -> dict[str, Any]:
+    """Speed of the last steps (None: all), and where the time went since the start.
+
+    `step_seconds` are the 10th, 50th and 90th percentiles; `lost` are shares of the time. `mfu` is
+    None where no peak is known.
+    """
+    steps = np.array(self._steps[-last_steps:] if last_steps else self._steps)
+    seconds = time.perf_counter() - self._began
+    rate = self._step_tokens / float(np.mean(steps))
+    found = {
+      "tokens_per_second": rate,
+      "mfu": None if self._peak is None else rate * self._flops_per_token / self._peak[0],
+      "step_seconds": [float(x) for x in np.percentile(steps, [10, 50, 90])],
+      "goodput": sum(self._steps) / seconds,
+      "lost": {cause: lost / seconds for cause, lost in self._lost.items()},
+    }
+    if self._peak is not None:
+      found["peak"] = {"flops_per_second": self._peak[0], "name": self._peak[1]}
+    return found
+
+  def line(self) -> str:
+    """The summary of all steps in words; empty if there were none."""
+    if not self._steps:
+      return ""
+    found = self.summary()
+    low, middle, high = found["step_seconds"]
+    parts = [f"{found['tokens_per_second']:,.0f} tokens/s"]
+    if self._peak is not None:
+      parts.append(
+        f"MFU {found['mfu']:.1%} of {self._peak[0] / 1e12:.3g} TFLOP/s ({self._peak[1]}; causal "
+        f"attention counted half)"
+      )
+    parts.append(f"step {middle:.3g} s ({low:.3g} to {high:.3g})")
+    lost = ", ".join(f"{cause} {share:.1%}" for cause, share in found["lost"].items())
+    parts.append(f"goodput {found['goodput']:.1%} (lost: {lost})")
+    return "; ".join(parts)

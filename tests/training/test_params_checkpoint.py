@@ -1,0 +1,88 @@
+import dataclasses
+import json
+import shutil
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from selfimprove_jax import partitioning
+from selfimprove_jax.models.llama import Llama, LlamaConfig, RopeScaling
+from selfimprove_jax.training import checkpoint, params_checkpoint, train_step
+
+CONFIG = LlamaConfig(
+  vocab_size=64,
+  num_layers=2,
+  embed_dim=32,
+  mlp_dim=48,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return nn.unbox(train_step.init_params(Llama(CONFIG), jax.random.key(0)))
+
+
+def _abstract(config, *, fsdp, tensor):
+  mesh = partitioning.make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
+  return train_step.abstract_params(Llama(config), mesh)
+
+
+def _save(folder, params, config=CONFIG):
+  params_checkpoint.save_params(folder, params, config, tokenizer=None, max_positions=32)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (4, 2)])
+def test_parameters_restore_on_any_mesh_and_in_any_dtype(fsdp, tensor, params, tmp_path):
+  _save(tmp_path / "model", params)
+  assert params_checkpoint.read_config(tmp_path / "model") == CONFIG
+  assert params_checkpoint.read_max_positions(tmp_path / "model") == 32
+  for dtype in ("float32", "bfloat16"):
+    config = dataclasses.replace(CONFIG, param_dtype=dtype)
+    abstract = _abstract(config, fsdp=fsdp, tensor=tensor)
+    restored = params_checkpoint.load_params(tmp_path / "model", abstract=abstract)
+
+    def compare(x, leaf, saved, dtype=dtype):
+      assert x.sharding == leaf.sharding
+      np.testing.assert_array_equal(x, saved.astype(dtype))
+
+    jax.tree.map(compare, restored, abstract, params)
+
+
+def test_damage_is_noticed(params, tmp_path):
+  folder = tmp_path / "model"
+  _save(folder, params)
+  value = json.loads((folder / "model.json").read_text())
+  value["checksums"]["['embedding_VD']"] ^= 1
+  (folder / "model.json").write_text(json.dumps(value))
+  abstract = _abstract(CONFIG, fsdp=1, tensor=1)
+  with pytest.raises(checkpoint.DamagedCheckpointError, match="checksums are not those saved"):
+    params_checkpoint.load_params(folder, abstract=abstract)
+  shutil.rmtree(folder / "params")
+  with pytest.raises(checkpoint.DamagedCheckpointError, match="can't be read"):
+    params_checkpoint.load_params(folder, abstract=abstract)
+
+
+def test_an_unfinished_folder_and_another_format_are_refused(params, tmp_path):
+  folder = tmp_path / "model"
+  _save(folder, params)
+  value = json.loads((folder / "model.json").read_text())
+  (folder / "model.json").write_text(json.dumps({**value, "format": 9}))
+  with pytest.raises(ValueError, match="has format 9; this version reads 1"):
+    params_checkpoint.read_config(folder)
+  (folder / "model.json").unlink()
+  with pytest.raises(ValueError, match=r"has no model\.json"):
+    params_checkpoint.read_config(folder)
+  with pytest.raises(ValueError, match="is there already"):
+    _save(folder, params)
+
+
+def test_a_config_of_another_dtype_than_the_parameters_is_refused(params, tmp_path):
+  config = dataclasses.replace(CONFIG, param_dtype="bfloat16")
+  with pytest.raises(ValueError, match=r"param_dtype='bfloat16', but .* \{'float32'\}"):
+    _save(tmp_path / "model", params, config)
