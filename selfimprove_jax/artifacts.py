@@ -174,7 +174,11 @@ class Writer:
     self.folder = storage.path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     check_same_config(self.folder / _CONFIG, {"config": config, "inputs": inputs})
-    self._journal = _read_journal(self.folder / _JOURNAL)
+    found = storage.read_lines(self.folder / _JOURNAL)
+    self._journal = _parse_journal(found)
+    lines = _journal_lines(self._journal)
+    if [*lines.values()] != found:
+      storage.replace_lines(self.folder / _JOURNAL, lines)
 
   def repair(self) -> list[str]:
     """Makes a damaged artefact unfinished again; names its damaged shards, keeps the others."""
@@ -252,6 +256,45 @@ class Writer:
     return storage.num_bytes(path) == entry["bytes"] and storage.sha256(path) == entry["sha256"]
 
 
+class Follower(Writer):
+  """A writer that writes nothing, for the processes of a job beside the one that does.
+
+  All of them make the same shards, since all take part in making them; here they go to scratch.
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, scratch: str | os.PathLike):
+    """Opens what a `Writer` in another process has opened, and not begun to write to."""
+    self.folder = storage.path(folder)
+    self._scratch = pathlib.Path(scratch)
+    found = _parse_journal(storage.read_lines(self.folder / _JOURNAL))
+    self._journal = {name: entry for name, entry in found.items() if self._is_whole(name, entry)}
+
+  def repair(self) -> list[str]:
+    return []
+
+  def has(self, name: str) -> bool:
+    return name in self._journal
+
+  def read_jsonl(self, name: str) -> Iterator[dict[str, Any]]:
+    made_here = self._scratch / name
+    return _read_jsonl(made_here if made_here.exists() else self.folder / name)
+
+  @contextlib.contextmanager
+  def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
+    counts = {"records": 0}
+    path = self._scratch / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path, counts
+    self._journal[name] = {
+      "bytes": storage.num_bytes(path),
+      "sha256": storage.sha256(path),
+      **counts,
+    }
+
+  def finish(self, summary: dict[str, Any] | None = None) -> None:
+    """Nothing: the manifest is written by another."""
+
+
 def _tells_of_full_disk(error: Exception) -> bool:
   # Libraries that write by themselves (ArrayRecord, tensorstore) raise other kinds than OSError.
   codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -268,16 +311,12 @@ def _journal_lines(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
   return {name: json.dumps({"name": name, **entry}) + "\n" for name, entry in entries.items()}
 
 
-def _read_journal(path: storage.Path) -> dict[str, dict[str, Any]]:
+def _parse_journal(lines: list[str]) -> dict[str, dict[str, Any]]:
   entries = {}
-  found = storage.read_lines(path)
-  for line in found:
+  for line in lines:
     try:
       entry = json.loads(line)
     except json.JSONDecodeError:
       break  # torn by a crash or a full disk: that shard, and what follows, is written again
     entries[entry.pop("name")] = entry
-  lines = _journal_lines(entries)
-  if [*lines.values()] != found:
-    storage.replace_lines(path, lines)
   return entries

@@ -23,7 +23,7 @@ _counter = itertools.count()
 # Processes wait for one another while the main one does what needs no devices: pairing a corpus.
 # That one of them is gone is noticed by its missing heartbeats, much sooner.
 _BARRIER_SECONDS = 7 * 86_400
-_hang_seconds: float | None = None
+_hang_seconds: int | None = None
 
 
 def initialize(
@@ -33,7 +33,7 @@ def initialize(
   process_id: int | None,
   connect_seconds: int,
   heartbeat_seconds: int,
-  hang_seconds: float,
+  hang_seconds: int,
 ) -> None:
   """Joins the processes of a job; on a machine by itself, does nothing. Before any computation.
 
@@ -134,7 +134,7 @@ def watched(what: str) -> Iterator[Callable[[], None]]:
       if time.monotonic() - last > limit:
         print(
           f"process {jax.process_index()} of {jax.process_count()}: {what} did not go on for "
-          f"{limit:.0f} s, so this process ends. Another one hangs or is gone, or the limit "
+          f"{limit} s, so this process ends. Another one hangs or is gone, or the limit "
           f"(--hang_seconds) is below what a step takes. The same command goes on from the last "
           f"checkpoint",
           file=sys.stderr,

@@ -2,6 +2,8 @@
 
 import functools
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +40,13 @@ _KINDS = (
 )
 
 
-def kind(device: jax.Device) -> str | None:
+def kind(device: Any) -> str | None:
   """The key of `PEAK_FLOPS` for a device; None for those that are not in the table."""
   found = device.device_kind.lower()
   return next((name for part, name in _KINDS if part in found), None)
 
 
-def peak(devices: list[jax.Device], dtype: str) -> tuple[float, str] | None:
+def peak(devices: Sequence[Any], dtype: str) -> tuple[float, str] | None:
   """FLOP/s of all devices together at most, and what that is called; None where nobody knows.
 
   On CPUs it is the speed of a large matrix product here and now; a data sheet's peak is for

@@ -13,8 +13,12 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
+from selfimprove_jax import storage
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; run again, it goes on there.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run, or gs://bucket/folder; run again, it goes on there."
+)
 _STAGES = flags.DEFINE_list(
   "stages", None, "Only these stages: full names, or a first part such as `arms`."
 )
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> None:
     if argv[1:] == ["show"]:
       from selfimprove_jax.pipelines import show
 
-      show.show(pathlib.Path(_WORKDIR.value))
+      show.show(storage.path(_WORKDIR.value))
       return
     if _CONFIG.value is None:
       raise app.UsageError("--config is missing: for example --config=configs/sbp_quick.py")
@@ -77,7 +81,7 @@ def _run(config):
 
   if _DRY_RUN.value:
     runner.check(config)
-    folder = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else None
+    folder = storage.path(_WORKDIR.value) if _WORKDIR.value else None
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
@@ -97,7 +101,7 @@ def _run(config):
 
   preemption.install()
   progress = Progress(quiet=not distributed.is_main())
-  run_folder = pathlib.Path(_WORKDIR.value)
+  run_folder = storage.path(_WORKDIR.value)
   try:
     runner.run(config, run_folder, only=_STAGES.value, verify=_VERIFY.value, progress=progress)
   except preemption.Preempted as stop:

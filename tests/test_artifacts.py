@@ -285,3 +285,19 @@ def test_write_atomic_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatc
     artifacts.write_json(path, {"a": 2})
   assert json.loads(path.read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_follower_keeps_the_same_books_and_writes_nothing(tmp_path):
+  folder, scratch = tmp_path / "made", tmp_path / "scratch"
+  writer = artifacts.Writer(folder, config={}, inputs={})
+  writer.write_jsonl("a.jsonl", [{"x": 1}])
+  follower = artifacts.Follower(folder, scratch=scratch)
+  before = sorted(folder.iterdir())
+  assert follower.has("a.jsonl")
+  assert not follower.has("b.jsonl")
+  follower.write_jsonl("b.jsonl", [{"x": 2}, {"x": 3}])
+  assert follower.has("b.jsonl")
+  assert follower.counts("b.jsonl") == {"records": 2}
+  assert [r["x"] for n in ("a.jsonl", "b.jsonl") for r in follower.read_jsonl(n)] == [1, 2, 3]
+  follower.finish({})
+  assert sorted(folder.iterdir()) == before

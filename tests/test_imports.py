@@ -12,10 +12,11 @@ import selfimprove_jax
 
 _PACKAGE = pathlib.Path(selfimprove_jax.__file__).parent
 _FLOORS = {
+  "storage": 0,
   **dict.fromkeys(
     ("artifacts", "distributed", "executor", "hardware", "partitioning", "progress"), 1
   ),
-  **dict.fromkeys(("storage", "xla_options"), 1),
+  "xla_options": 1,
   **dict.fromkeys(("data", "models"), 2),
   **dict.fromkeys(("retrieval", "sampling"), 3),
   **dict.fromkeys(("synthesis", "language_models", "training"), 4),

@@ -1,11 +1,10 @@
 """From a finished run of continued pretraining: what was learnt, and what was forgotten."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, storage
 from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.pipelines import continued_pretraining, provenance, stages
 from selfimprove_jax.report import formatting
@@ -13,7 +12,7 @@ from selfimprove_jax.report import formatting
 _WHEN = ("before", "after")
 
 
-def make_and_print(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) -> None:
+def make_and_print(config: dict[str, Any], run_folder: storage.Path, *, command: str) -> None:
   """Writes `report/report.json`, and prints its table and its path.
 
   Raises:
@@ -29,7 +28,7 @@ def make_and_print(config: dict[str, Any], run_folder: pathlib.Path, *, command:
 
 
 def make_report(
-  config: dict[str, Any], run_folder: pathlib.Path, *, command: str
+  config: dict[str, Any], run_folder: storage.Path, *, command: str
 ) -> dict[str, Any]:
   """The held-out losses of both corpora before and after, and what the run was.
 

@@ -1,8 +1,8 @@
 """What a run would do, before it does it: `--dry_run`."""
 
-import pathlib
 from collections.abc import Sequence
 
+from selfimprove_jax import storage
 from selfimprove_jax.hardware import PEAK_FLOPS
 from selfimprove_jax.pipelines import stages as stages_lib
 from selfimprove_jax.pipelines.stages import Stage
@@ -11,7 +11,7 @@ UTILISATION = 0.4
 
 
 def describe(
-  stages: Sequence[Stage], run_folder: pathlib.Path | None, *, device: str | None, num_devices: int
+  stages: Sequence[Stage], run_folder: storage.Path | None, *, device: str | None, num_devices: int
 ) -> str:
   """A table: what each stage reads, tokens, FLOPs, state in device memory, and time on a device.
 

@@ -8,7 +8,6 @@ one thread each instead; their results then do not depend on the number of cores
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from selfimprove_jax import artifacts, distributed
+from selfimprove_jax import artifacts, distributed, storage
 from selfimprove_jax.pipelines import stages as stages_lib
 from selfimprove_jax.pipelines.stages import Stage
 from selfimprove_jax.progress import Progress
@@ -54,7 +53,7 @@ def build(config: dict[str, Any]) -> list[Stage]:
   return builds[config["pipeline"]](config)
 
 
-def report(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) -> None:
+def report(config: dict[str, Any], run_folder: storage.Path, *, command: str) -> None:
   """Writes the report of a finished run, and prints its table and path."""
   from selfimprove_jax.pipelines import continued_pretraining_report, sbp_report
 
@@ -67,7 +66,7 @@ def report(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) ->
 
 def run(
   config: dict[str, Any],
-  run_folder: pathlib.Path,
+  run_folder: storage.Path,
   *,
   only: Sequence[str] | None,
   verify: bool,
@@ -166,11 +165,11 @@ def _run_processes(todo, chosen, run_folder, parallel):
     )
 
 
-def log_path(run_folder: pathlib.Path, name: str) -> pathlib.Path:
+def log_path(run_folder: storage.Path, name: str) -> storage.Path:
   return run_folder / "logs" / f"{name.replace('/', '-')}.log"
 
 
-def _start(stage: Stage, run_folder: pathlib.Path) -> tuple[subprocess.Popen, threading.Thread]:
+def _start(stage: Stage, run_folder: storage.Path) -> tuple[subprocess.Popen, threading.Thread]:
   worker = [sys.executable, "-m", "selfimprove_jax.pipelines.worker"]
   process = subprocess.Popen(
     [*worker, str(run_folder), stage.name, str(os.getpid())],
@@ -223,5 +222,5 @@ def _forwarding_sigterm(running: dict[str, subprocess.Popen]) -> Iterator[list[i
       process.kill()
 
 
-def read_config(run_folder: pathlib.Path) -> dict[str, Any]:
-  return json.loads((run_folder / CONFIG).read_text())
+def read_config(run_folder: storage.Path) -> dict[str, Any]:
+  return json.loads((run_folder / CONFIG).read_bytes())

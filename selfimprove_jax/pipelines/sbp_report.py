@@ -1,11 +1,10 @@
 """From the artefacts of a finished run to its report: numbers, comparison, examples."""
 
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, storage
 from selfimprove_jax.evaluation import comparison
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines import provenance, sbp, stages
@@ -19,7 +18,7 @@ _MAX_SIMILARITIES = 20_000
 _PARTS = {"seed": "seed", "embeddings": "embedding", "synthesizer": "tuning", "samples": "sampling"}
 
 
-def make_and_print(config: dict[str, Any], run_folder: pathlib.Path, *, command: str) -> None:
+def make_and_print(config: dict[str, Any], run_folder: storage.Path, *, command: str) -> None:
   """Writes `report.json` and `report.html`, and prints the table and the page's path."""
   made = make_report(config, run_folder, command=command)
   page = write_report(made, run_folder / "report")
@@ -28,7 +27,7 @@ def make_and_print(config: dict[str, Any], run_folder: pathlib.Path, *, command:
 
 
 def make_report(
-  config: dict[str, Any], run_folder: pathlib.Path, *, command: str
+  config: dict[str, Any], run_folder: storage.Path, *, command: str
 ) -> dict[str, Any]:
   """The dict that `report.write.write_report` takes; the package `report` has the schema.
 

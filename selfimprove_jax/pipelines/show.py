@@ -1,15 +1,14 @@
 """A look into a run: real documents beside their syntheses, pairs beside their similarity."""
 
-import pathlib
 import textwrap
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, storage
 from selfimprove_jax.pipelines import runner, sbp_report
 
 _WIDTH = 96
 
 
-def show(run_folder: pathlib.Path, *, limit: int = 3) -> None:
+def show(run_folder: storage.Path, *, limit: int = 3) -> None:
   """Prints some of what the run has made so far.
 
   Raises:
@@ -27,7 +26,8 @@ def show(run_folder: pathlib.Path, *, limit: int = 3) -> None:
       _block(f"d1  {pair['d1']}", pair["d1_text"])
       _block(f"d2  {pair['d2']}", pair["d2_text"])
       shown += 1
-  for folder in sorted((run_folder / "synthetic").glob("*/")):
+  synthetic = run_folder / "synthetic"
+  for folder in sorted(synthetic.iterdir()) if synthetic.exists() else []:
     if not _complete(folder):
       continue
     for record in sbp_report.synthetic_examples(artifacts.open_artifact(folder), limit):

@@ -2,17 +2,16 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import inspect
 import json
-import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from typing import Any
 
-from selfimprove_jax import artifacts, distributed
+from selfimprove_jax import artifacts, distributed, storage
 from selfimprove_jax.progress import Progress
 
 TIMINGS = "timings.jsonl"
@@ -35,7 +34,7 @@ class Context:
   progress: Progress
 
   @property
-  def folder(self) -> pathlib.Path:
+  def folder(self) -> storage.Path:
     return self.writer.folder
 
 
@@ -92,7 +91,7 @@ class Stage:
     return function
 
 
-def is_complete(stage: Stage, run_folder: pathlib.Path) -> bool:
+def is_complete(stage: Stage, run_folder: storage.Path) -> bool:
   try:
     artifacts.open_artifact(run_folder / stage.name)
   except artifacts.ArtifactError:
@@ -100,20 +99,20 @@ def is_complete(stage: Stage, run_folder: pathlib.Path) -> bool:
   return True
 
 
-def verify(stage: Stage, run_folder: pathlib.Path) -> None:
+def verify(stage: Stage, run_folder: storage.Path) -> None:
   """Makes a complete artefact unfinished again if a shard's bytes are not the manifest's."""
   folder = run_folder / stage.name
   if (folder / "manifest.json").exists():
-    record = json.loads((folder / "config.json").read_text())
+    record = json.loads((folder / "config.json").read_bytes())
     for name in artifacts.Writer(folder, **record).repair():
       print(f"{stage.name}: {name} is damaged and will be made again", flush=True)
 
 
-def check_config(stage: Stage, run_folder: pathlib.Path) -> None:
+def check_config(stage: Stage, run_folder: storage.Path) -> None:
   """Refuses a stage folder that was begun with another config, before anything runs."""
   path = run_folder / stage.name / "config.json"
   if path.exists():
-    there = json.loads(path.read_text())["config"]
+    there = json.loads(path.read_bytes())["config"]
     lines = artifacts.differences(there, json.loads(json.dumps(stage.config)))
     if lines:
       raise artifacts.ConfigMismatchError(
@@ -122,7 +121,7 @@ def check_config(stage: Stage, run_folder: pathlib.Path) -> None:
       )
 
 
-def run_stage(stage: Stage, run_folder: pathlib.Path, progress: Progress) -> None:
+def run_stage(stage: Stage, run_folder: storage.Path, progress: Progress) -> None:
   """Makes the stage's artefact complete: all of it, what is missing of it, or nothing.
 
   Shards that are not as long as the manifest says are made again; the same config and inputs give
@@ -139,11 +138,11 @@ def run_stage(stage: Stage, run_folder: pathlib.Path, progress: Progress) -> Non
     # found, not what it has made since.
     distributed.barrier(f"{stage.name} begins")
     follows = not distributed.is_main()
-    with contextlib.nullcontext() if follows else _lock(run_folder / stage.name):
+    with contextlib.nullcontext() if follows else storage.lock(run_folder / stage.name):
       if not distributed.from_main(lambda: is_complete(stage, run_folder)):
         _make(stage, function, run_folder, progress)
   elif distributed.is_main():
-    with _lock(run_folder / stage.name):
+    with storage.lock(run_folder / stage.name):
       if not is_complete(stage, run_folder):
         _make(stage, function, run_folder, progress)
   if distributed.is_main():
@@ -177,26 +176,18 @@ def _make(stage, function, run_folder, progress):
         record_seconds(run_folder, stage.name, time.monotonic() - began)
 
 
-def record_seconds(run_folder: pathlib.Path, name: str, seconds: float) -> None:
+def record_seconds(run_folder: storage.Path, name: str, seconds: float) -> None:
   """Notes time spent; kept apart from the artefacts, which know nothing of time."""
-  with (run_folder / TIMINGS).open("a") as file:
-    file.write(json.dumps({"stage": name, "seconds": seconds}) + "\n")
+  line = json.dumps({"stage": name, "seconds": seconds}) + "\n"
+  storage.append_line(
+    run_folder / TIMINGS, line, key=f"{name.replace('/', '-')}-{uuid.uuid4().hex}"
+  )
 
 
-def seconds_spent(run_folder: pathlib.Path) -> dict[str, float]:
+def seconds_spent(run_folder: storage.Path) -> dict[str, float]:
   """Stage -> seconds, over every run that worked on it."""
   spent: dict[str, float] = {}
-  path = run_folder / TIMINGS
-  for line in path.read_text().splitlines() if path.exists() else []:
+  for line in storage.read_lines(run_folder / TIMINGS):
     record = json.loads(line)
     spent[record["stage"]] = spent.get(record["stage"], 0.0) + record["seconds"]
   return spent
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[None]:
-  """Two processes never write one artefact: the second waits, and then finds it done."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / ".lock").open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield

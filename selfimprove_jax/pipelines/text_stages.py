@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import artifacts, storage
 from selfimprove_jax.data import corpora, packing, rows, split
 from selfimprove_jax.data import tokenizer as tokenizers
 from selfimprove_jax.pipelines.stages import Context
@@ -38,7 +38,11 @@ def documents(
 
 def _write_split(corpus, context, source, options):
   return split.write_split(
-    corpus, context.writer, source=source, scratch=context.folder / ".scratch", **options
+    corpus,
+    context.writer,
+    source=source,
+    scratch=storage.scratch(context.folder / ".scratch"),
+    **options,
   )
 
 

@@ -4,19 +4,19 @@ PARENT is the process id of the run that started it.
 """
 
 import os
-import pathlib
 import sys
 import threading
 import time
 import traceback
 
+from selfimprove_jax import storage
 from selfimprove_jax.pipelines import runner, stages
 from selfimprove_jax.progress import Progress
 from selfimprove_jax.training import preemption
 
 
 def main() -> int:
-  run_folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+  run_folder, name = storage.path(sys.argv[1]), sys.argv[2]
   _die_with(int(sys.argv[3]))
   preemption.install()
   (stage,) = [s for s in runner.build(runner.read_config(run_folder)) if s.name == name]
@@ -28,7 +28,7 @@ def main() -> int:
   except Exception as error:
     log = runner.log_path(run_folder, name)
     log.parent.mkdir(exist_ok=True)
-    log.write_text(traceback.format_exc())
+    storage.write_atomic(log, traceback.format_exc().encode())
     print(f"{name}: {type(error).__name__}: {error}", flush=True)
     return 1
   return 0

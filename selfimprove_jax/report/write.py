@@ -3,26 +3,25 @@
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import storage
 from selfimprove_jax.report import page
 
 
-def write_report(report: dict[str, Any], folder: str | os.PathLike) -> pathlib.Path:
+def write_report(report: dict[str, Any], folder: str | os.PathLike) -> storage.Path:
   """Writes `report.json` (numbers unrounded) and `report.html` into `folder`; gives its path.
 
   The page is a function of the JSON file: no date, no random ids, so the same report gives the
   same bytes (with the same matplotlib). Numbers that are not finite become null.
   """
-  folder = pathlib.Path(folder)
+  folder = storage.path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(_plain(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-  artifacts.write_atomic(folder / "report.json", text.encode())
-  artifacts.write_atomic(folder / "report.html", page.render(json.loads(text)).encode())
+  storage.write_atomic(folder / "report.json", text.encode())
+  storage.write_atomic(folder / "report.html", page.render(json.loads(text)).encode())
   return folder / "report.html"
 
 

@@ -1,14 +1,12 @@
 """Checkpoints of the training state, through orbax; the only file that knows orbax.
 
-A step is committed by a rename, so a killed save leaves nothing that looks like a checkpoint. With
-each step goes a checksum of every leaf, compared on reading: damage that the file format does not
-notice is noticed here, and the step before is used.
+A step is committed by a rename (in an object store by a last object), so a killed save leaves
+nothing that looks like a checkpoint. With each step goes a checksum of every leaf, compared on
+reading: damage that the file format does not notice is noticed here, and the step before is used.
 """
 
 import logging
 import os
-import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from selfimprove_jax import storage
 from selfimprove_jax.training.train_step import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +69,10 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(
       enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
     )
-    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+    folder = storage.path(folder)
+    if not storage.is_remote(folder):
+      folder = folder.absolute()
+    self._manager = ocp.CheckpointManager(folder, options=options)
 
   def steps(self) -> list[int]:
     return sorted(self._manager.all_steps())
@@ -117,10 +119,8 @@ class Checkpoints:
   def _set_aside(self, step: int) -> None:
     # Not deleted: what could not be read now (too little memory, a network disk) may be whole.
     path = self._path(step)
-    aside = path.with_name(f"{step}.damaged")
     if jax.process_index() == 0:
-      shutil.rmtree(aside, ignore_errors=True)
-      path.rename(aside)
+      storage.move(path, path.with_name(f"{step}.damaged"))
     multihost_utils.sync_global_devices("checkpoint set aside")
     self._manager.reload()
 

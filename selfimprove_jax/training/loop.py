@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from selfimprove_jax import distributed, hardware, partitioning
+from selfimprove_jax import distributed, hardware, partitioning, storage
 from selfimprove_jax.data.mixture import Mixture
 from selfimprove_jax.models.llama import Llama
 from selfimprove_jax.progress import Progress
@@ -70,7 +69,7 @@ _MAX_SKIPPED_IN_A_ROW = 20
 
 def train(
   *,
-  folder: pathlib.Path,
+  folder: storage.Path,
   model: Llama,
   tx: optax.GradientTransformation,
   learning_rate: optax.Schedule,
@@ -245,6 +244,7 @@ class _Run:
   def save(self, state):
     protect = frozenset() if self.schedule.patience is None else frozenset([self.best_step()])
     with self.clock.lost_to("checkpoint"):
+      self.log.sync()  # first: a run that goes on from the checkpoint has its steps' metrics
       self.checkpoints.save(state, protect=protect)
     self.beat()
 

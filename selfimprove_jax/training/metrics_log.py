@@ -6,10 +6,9 @@ is the uninterrupted one's. Speeds go to `speed.jsonl` and TensorBoard.
 
 import json
 import os
-import pathlib
 from typing import Any
 
-from selfimprove_jax import artifacts
+from selfimprove_jax import storage
 
 
 class MetricsLog:
@@ -24,7 +23,7 @@ class MetricsLog:
     Args:
       writes: False keeps the records in memory only, as the processes beside the main one do.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     path = folder / self.FILE
     self.records = [r for r in read_metrics(path) if r["step"] <= from_step]
     self._file = self._speed_file = self._board = None
@@ -32,10 +31,11 @@ class MetricsLog:
       from tensorboardX import SummaryWriter
 
       text = "".join(json.dumps(record) + "\n" for record in self.records)
-      artifacts.write_atomic(path, text.encode())
-      self._file = path.open("a", encoding="utf-8")
-      self._speed_file = (folder / self.SPEED_FILE).open("a", encoding="utf-8")
-      self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+      self._file = storage.LineLog(path, text=text)
+      self._speed_file = storage.LineLog(folder / self.SPEED_FILE)
+      self._board_folder = folder / "tensorboard"
+      self._local_board = storage.scratch(self._board_folder)
+      self._board = SummaryWriter(str(self._local_board), purge_step=from_step + 1)
 
   @property
   def last_loss(self) -> float | None:
@@ -48,7 +48,6 @@ class MetricsLog:
     self.records.append(record)
     if self._file is not None:
       self._file.write(json.dumps(record) + "\n")
-      self._file.flush()
     if board:
       self._to_board(step, metrics)
 
@@ -57,7 +56,6 @@ class MetricsLog:
     if self._speed_file is None:
       return
     self._speed_file.write(json.dumps({"step": step, **summary}) + "\n")
-    self._speed_file.flush()
     shown = {"tokens_per_second": summary["tokens_per_second"], "goodput": summary["goodput"]}
     if summary["mfu"] is not None:
       shown["mfu"] = summary["mfu"]
@@ -68,7 +66,17 @@ class MetricsLog:
       for name, value in metrics.items():
         self._board.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    """Brings an object store, which can't append, up to date; on a disk all is there already."""
+    for file in (self._file, self._speed_file):
+      if file is not None:
+        file.sync()
+    if self._board is not None and storage.is_remote(self._board_folder):
+      self._board.flush()
+      storage.upload(self._local_board, self._board_folder)
+
   def close(self) -> None:
+    self.sync()
     for file in (self._file, self._speed_file, self._board):
       if file is not None:
         file.close()
@@ -76,8 +84,8 @@ class MetricsLog:
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The records of a `metrics.jsonl`; a last line torn by a crash is left out."""
-  path = pathlib.Path(path)
+  path = storage.path(path)
   if not path.exists():
     return []
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith("\n")]
+  lines = path.read_bytes().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith(b"\n")]

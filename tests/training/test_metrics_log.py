@@ -67,7 +67,26 @@ def test_tensorboard_gets_the_same_numbers_and_speeds_that_the_file_does_not(tmp
   log = metrics_log.MetricsLog(tmp_path, from_step=0)
   log.write(1, {"train/loss": 2.5})
   log.write(2, {"train/loss": 2.25}, board=False)
-  log.board(2, {"train/tokens_per_second": 1e3})
+  log.write_speed(2, {"tokens_per_second": 1e3, "goodput": 0.5, "mfu": None})
   log.close()
-  assert _scalars(tmp_path) == {("train/loss", 1, 2.5), ("train/tokens_per_second", 2, 1000.0)}
+  assert _scalars(tmp_path) == {
+    ("train/loss", 1, 2.5),
+    ("speed/tokens_per_second", 2, 1000.0),
+    ("speed/goodput", 2, 0.5),
+  }
   assert "per_second" not in (tmp_path / "metrics.jsonl").read_text()
+  (speed,) = metrics_log.read_metrics(tmp_path / "speed.jsonl")
+  assert speed == {"step": 2, "tokens_per_second": 1000.0, "goodput": 0.5, "mfu": None}
+
+
+def test_a_process_beside_the_main_one_remembers_and_writes_nothing(tmp_path):
+  log = metrics_log.MetricsLog(tmp_path, from_step=0)
+  log.write(1, {"train/loss": 2.5})
+  log.close()
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  beside = metrics_log.MetricsLog(tmp_path, from_step=1, writes=False)
+  beside.write(2, {"train/loss": 2.0})
+  beside.write_speed(2, {"tokens_per_second": 1e3, "goodput": 0.5, "mfu": None})
+  beside.close()
+  assert [r["step"] for r in beside.records] == [1, 2]
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
