@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from selfimprove_jax import storage
@@ -70,8 +70,6 @@ def main(argv: list[str]) -> None:
       raise app.UsageError("--config is missing: for example --config=configs/sbp_quick.py")
     _run(_CONFIG.value.to_dict())
   except (ValueError, TypeError, RuntimeError, OSError, ArithmeticError, ImportError) as error:
-    from absl import logging
-
     logging.debug("failed", exc_info=True)  # the whole traceback, with --verbosity=1
     sys.exit(f"{type(error).__name__}: {error}")
 
@@ -85,6 +83,8 @@ def _run(config):
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
+  if flags.FLAGS["verbosity"].using_default_value:
+    logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   _keep_compilations(_COMPILATION_CACHE.value)
   from selfimprove_jax import distributed
   from selfimprove_jax.progress import Progress

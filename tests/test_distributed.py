@@ -8,7 +8,6 @@ _SECONDS = dict(connect_seconds=1, heartbeat_seconds=10, hang_seconds=1)
 
 
 def test_a_process_by_itself_is_the_main_one_and_waits_for_nobody():
-  distributed.initialize(coordinator=None, num_processes=None, process_id=None, **_SECONDS)
   assert distributed.is_main()
   distributed.barrier("alone")
   with distributed.main_first("alone"):

@@ -31,10 +31,8 @@ _PODS = {
 
 def _run(*arguments):
   environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-  # The least that XLA can do: what fits then, fits; and it takes a fraction of the time.
-  environment["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = "-1.0"
   return subprocess.run(
-    [sys.executable, "tools/compile_for.py", *arguments],
+    [sys.executable, "tools/compile_for.py", "--fast", *arguments],
     cwd=REPO,
     env=environment,
     capture_output=True,
