@@ -14,7 +14,7 @@ _PACKAGE = pathlib.Path(selfimprove_jax.__file__).parent
 _FLOORS = {
   "storage": 0,
   **dict.fromkeys(
-    ("artifacts", "distributed", "executor", "hardware", "partitioning", "progress"), 1
+    ("allocator", "artifacts", "distributed", "executor", "hardware", "partitioning", "progress"), 1
   ),
   "xla_options": 1,
   **dict.fromkeys(("data", "models"), 2),

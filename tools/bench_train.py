@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import pathlib
 import platform
 import tempfile
 import time
@@ -24,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share on
 import jax
 import numpy as np
 
-from selfimprove_jax import hardware, partitioning
+from selfimprove_jax import allocator, hardware, partitioning
 from selfimprove_jax.models import hf_export
 from selfimprove_jax.models.llama import Llama, LlamaConfig
 from selfimprove_jax.training import optimizer, train_step
@@ -175,6 +176,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   ours.steps(1), peer.steps(1)
 
   def seconds(who):
+    time.sleep(0.5)  # the other side's threads spin for a while after their last work
     began = time.perf_counter()
     who.steps(arguments.steps)
     return (time.perf_counter() - began) / arguments.steps
@@ -249,4 +251,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  if not pathlib.Path("/dev/nvidia0").exists():
+    allocator.restart_with_it()  # for both sides
   main()

@@ -91,9 +91,10 @@ def attend(
       v_BKSH,
       query_segments_BT,
     )
-  arguments = (q_BTNH, query_positions_BT, query_segments_BT)
+  plain = _xla if T < BLOCK_QUERIES_FROM else _xla_blocks
+  queries = (q_BTNH, query_positions_BT, query_segments_BT)
   keys = (k_BKSH, v_BKSH, key_positions_BS, key_segments_BS)
-  return _xla(*arguments, *keys) if T < BLOCK_QUERIES_FROM else _xla_blocks(*arguments, *keys)
+  return plain(*queries, *keys) if T != S else _causal_parts(plain, queries, keys)
 
 
 def _platform():
@@ -120,6 +121,34 @@ def _choose(q_BTNH, k_BKSH, *, is_packed, platform):
 
 def _rows(mesh):
   return math.prod(mesh.shape[axis] for axis in partitioning.BATCH_AXES)
+
+
+def _causal_parts(plain, queries, keys):
+  """`plain` over parts of the queries, each with no keys behind its last query.
+
+  With four parts 5/8 of the scores are computed; more would spare little and compile longer.
+  """
+  q_BTNH, query_positions_BT, query_segments_BT = queries
+  k_BKSH, v_BKSH, key_positions_BS, key_segments_BS = keys
+  T = q_BTNH.shape[1]
+  num_parts = max(1, min(4, T // _TILE))
+  ends = [T * (i + 1) // num_parts for i in range(num_parts)]
+  contexts = []
+  for start, end in zip([0, *ends], ends):
+    at = (slice(None), slice(start, end))
+    until = (slice(None), slice(0, end))
+    contexts.append(
+      plain(
+        q_BTNH[at],
+        query_positions_BT[at],
+        None if query_segments_BT is None else query_segments_BT[at],
+        k_BKSH[:, :, :end],
+        v_BKSH[:, :, :end],
+        key_positions_BS[until],
+        None if key_segments_BS is None else key_segments_BS[until],
+      )
+    )
+  return jnp.concatenate(contexts, axis=1) if num_parts > 1 else contexts[0]
 
 
 def _xla_blocks(q_BTNH, query_positions_BT, query_segments_BT, *keys):

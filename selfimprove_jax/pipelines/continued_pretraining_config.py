@@ -24,7 +24,7 @@ _KEYS = {
 _SPLIT_GIVEN = ("documents", "writer", "source", "scratch")
 # Section -> the function whose arguments it holds, and those it gets from elsewhere.
 _ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-  "mesh": ("partitioning:make_mesh", ()),
+  "mesh": ("partitioning:make_mesh", ("devices",)),
   "model": ("models.llama:LlamaConfig", ()),
   "new_text": ("pipelines.text_stages:documents", ("context",)),
   "new_text.split": ("data.split:write_split", _SPLIT_GIVEN),

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from selfimprove_jax import artifacts, distributed, storage
+from selfimprove_jax import allocator, artifacts, distributed, storage
 from selfimprove_jax.pipelines import stages as stages_lib
 from selfimprove_jax.pipelines.stages import Stage
 from selfimprove_jax.progress import Progress
@@ -197,8 +197,7 @@ def _worker_environment() -> dict[str, str]:
   )
   for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     environment[name] = "1"
-  # Huge pages for malloc: without them a third of a small CPU training step is page faults.
-  environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+  environment |= allocator.environment()
   environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   return environment
 

@@ -24,7 +24,7 @@ _KEYS = {
 }
 # Section -> the function whose arguments it holds, and those it gets from elsewhere.
 _ARGUMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
-  "mesh": ("partitioning:make_mesh", ()),
+  "mesh": ("partitioning:make_mesh", ("devices",)),
   "model": ("models.llama:LlamaConfig", ()),
   "corpus": ("pipelines.text_stages:documents", ("context",)),
   "corpus.split": ("data.split:write_split", ("documents", "writer", "source", "scratch")),
