@@ -41,7 +41,11 @@ def _run(*arguments):
 
 
 def test_every_config_is_compiled_here():
-  files = {path.stem for path in (REPO / "configs").glob("*.py")} - {"__init__", "parts", "paper_scale"}
+  files = {path.stem for path in (REPO / "configs").glob("*.py")} - {
+    "__init__",
+    "parts",
+    "paper_scale",
+  }
   assert files == {name.partition(":")[0] for name in _PODS}
 
 
