@@ -285,11 +285,7 @@ class Follower(Writer):
     path = self._scratch / name
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path, counts
-    self._journal[name] = {
-      "bytes": storage.num_bytes(path),
-      "sha256": storage.sha256(path),
-      **counts,
-    }
+    self._journal[name] = dict(counts)  # an export writes in the main process alone: no file here
 
   def finish(self, summary: dict[str, Any] | None = None) -> None:
     """Nothing: the manifest is written by another."""

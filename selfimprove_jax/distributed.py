@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import itertools
 import json
-import logging
 import os
 import sys
 import threading
@@ -18,7 +17,6 @@ from typing import Any
 
 import jax
 
-_logger = logging.getLogger(__name__)
 _counter = itertools.count()
 # Processes wait for one another while the main one does what needs no devices: pairing a corpus.
 # That one of them is gone is noticed by its missing heartbeats, much sooner.

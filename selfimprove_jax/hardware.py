@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense bf16 peak, FLOP/s per chip, and bytes of its memory, from the vendors' data sheets.
+# Dense bf16 peak, FLOP/s per chip, from the vendors' data sheets.
 PEAK_FLOPS = {
   "v4": 275e12,
   "v5e": 197e12,
@@ -18,16 +18,6 @@ PEAK_FLOPS = {
   "h100": 989e12,
   "h200": 989e12,
   "b200": 2250e12,
-}
-MEMORY_BYTES = {
-  "v4": 32 * 2**30,
-  "v5e": 16 * 2**30,
-  "v5p": 95 * 2**30,
-  "v6e": 32 * 2**30,
-  "a100": 80 * 10**9,
-  "h100": 80 * 10**9,
-  "h200": 141 * 10**9,
-  "b200": 192 * 10**9,
 }
 # Parts of `Device.device_kind`, lower case.
 _KINDS = (

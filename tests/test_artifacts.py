@@ -301,3 +301,11 @@ def test_a_follower_keeps_the_same_books_and_writes_nothing(tmp_path):
   assert [r["x"] for n in ("a.jsonl", "b.jsonl") for r in follower.read_jsonl(n)] == [1, 2, 3]
   follower.finish({})
   assert sorted(folder.iterdir()) == before
+
+
+def test_a_follower_needs_no_file_of_what_the_main_process_alone_writes(tmp_path):
+  artifacts.Writer(tmp_path / "made", config={}, inputs={})
+  follower = artifacts.Follower(tmp_path / "made", scratch=tmp_path / "scratch")
+  with follower.shard("model") as (_, counts):
+    counts["records"] = 1
+  assert follower.counts("model") == {"records": 1}

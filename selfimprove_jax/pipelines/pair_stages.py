@@ -1,5 +1,6 @@
 """Stages from unique documents to pairs of neighbours: embeddings, pairs."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -54,17 +55,18 @@ def _seed_model(context, texts, *, mesh, batch_size, seq_len):
   model, params = model_stages.load_model(context.inputs["seed"], mesh)
   tokenizer = open_tokenizer(context.inputs["tokenizer"])
 
-  @jax.jit
-  def hidden(tokens_BT, positions_BT, segment_ids_BT):
+  @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+  def hidden(params, tokens_BT, positions_BT, segment_ids_BT):
     with partitioning.axis_rules():
-      return model.apply({"params": params}, tokens_BT, positions_BT, segment_ids_BT, logits=False)[
-        0
-      ]
+      hidden_BTD, _ = model.apply(
+        {"params": params}, tokens_BT, positions_BT, segment_ids_BT, logits=False
+      )
+    return hidden_BTD
 
   def embed(batch):
     with jax.set_mesh(mesh):
       return embedding.mean_pooled(
-        hidden,
+        functools.partial(hidden, params),
         [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(batch)],
         seq_len=seq_len,
         batch_size=batch_size,

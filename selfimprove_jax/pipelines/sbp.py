@@ -41,9 +41,16 @@ def build(config: dict[str, Any]) -> list[Stage]:
     _pretraining("seed", c, c["seed_model"], read),
   ]
   if any(source in TUNED_ON for source in sources):
-    embeds = {**read, "seed": "seed"} if c["embeddings"]["method"] == "seed_model" else read
+    by_model = c["embeddings"]["method"] == "seed_model"
+    embeds = {**read, "seed": "seed"} if by_model else read
     stages += [
-      Stage("embeddings", "pair_stages:embeddings", c["embeddings"], embeds),
+      Stage(
+        "embeddings",
+        "pair_stages:embeddings",
+        c["embeddings"],
+        embeds,
+        uses_devices=by_model,
+      ),
       Stage("pairs", "pair_stages:make_pairs", c["pairs"], {**read, "embeddings": "embeddings"}),
     ]
   for source in sources:

@@ -36,11 +36,7 @@ def next_token_nll(
     chunk_tokens: tokens of a device whose logits are made at a time; None for as many as fit
       256 MiB.
   """
-  nll_BT = _on_mesh(
-    functools.partial(_local_nll, chunk_tokens=chunk_tokens),
-    (_BATCH, _HEAD, _BATCH),
-    _BATCH,
-  )(hidden_BTD, head_VD, jnp.roll(tokens_BT, -1, axis=1))
+  nll_BT = _nll(chunk_tokens, hidden_BTD, head_VD, jnp.roll(tokens_BT, -1, axis=1))
   return jnp.roll(nll_BT, 1, axis=1).at[:, 0].set(0.0)
 
 
@@ -72,10 +68,7 @@ def target_weights(loss_mask_BT: Bool[Array, "B T"]) -> Float[Array, "B T"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _weighted_loss(chunk_tokens, hidden_BTD, head_VD, targets_BT, weights_BT):
-  nll = _on_mesh(
-    functools.partial(_local_nll, chunk_tokens=chunk_tokens), (_BATCH, _HEAD, _BATCH), _BATCH
-  )
-  return jnp.sum(nll(hidden_BTD, head_VD, targets_BT) * weights_BT)
+  return jnp.sum(_nll(chunk_tokens, hidden_BTD, head_VD, targets_BT) * weights_BT)
 
 
 def _weighted_loss_forward(chunk_tokens, hidden_BTD, head_VD, targets_BT, weights_BT):
@@ -99,8 +92,13 @@ _BATCH = PartitionSpec(partitioning.BATCH_AXES)
 _HEAD = PartitionSpec("tensor")
 
 
+def _nll(chunk_tokens, hidden_BTD, head_VD, targets_BT):
+  local = functools.partial(_local_nll, chunk_tokens=chunk_tokens)
+  return _on_mesh(local, (_BATCH, _HEAD, _BATCH), _BATCH)(hidden_BTD, head_VD, targets_BT)
+
+
 def _on_mesh(function, in_specs, out_specs):
-  """`function(axes, ...)` on each device's part, told the mesh axes; on one device, none."""
+  """`function(sharded, ...)` on each device's part of the arguments; on one device, on all."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return functools.partial(function, False)
@@ -154,7 +152,7 @@ def _softmax(sharded, hidden_CD, head_VD, targets_C, weights_C=None):
   """Nats of each target; and the weighted loss's gradient by the logits, if there are weights."""
   logits_CV = jnp.dot(hidden_CD, head_VD.T, preferred_element_type=jnp.float32)
   num_rows = head_VD.shape[0]
-  if sharded:  # this device has the rows of the head from `first` on
+  if sharded:  # this device has some rows of the head: count from the first
     targets_C -= jax.lax.axis_index("tensor") * num_rows
   largest_C = jnp.max(logits_CV, axis=-1)
   if sharded:
