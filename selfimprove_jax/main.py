@@ -83,7 +83,7 @@ def _run(config):
     stages = runner.build(config)
     print(plan.describe(stages, folder, device=_DEVICE.value, num_devices=_NUM_DEVICES.value))
     return
-  if flags.FLAGS["verbosity"].using_default_value:
+  if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
   _keep_compilations(_COMPILATION_CACHE.value)
   from selfimprove_jax import distributed
