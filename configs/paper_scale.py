@@ -120,7 +120,8 @@ def sbp(*, size: str, variant: str, synthetic_tokens: int, fsdp: int) -> mlc.Con
     documents_per_shard=65_536,
     max_shards=100_000,
     sampling=dict(temperature=1.0, top_k=0, top_p=1.0),  # temperature: paper; top_p recalled as 0.9
-    batch_size=4096,  # ours
+    mesh=dict(data=-1, fsdp=1, tensor=1),  # ours; of one host
+    num_slots=128,  # ours
     prompt_buckets=[512, 1024, 2048, 4096],
     max_new_tokens=4096,  # recalled
     seed=0,

@@ -87,8 +87,9 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     documents_per_shard=512 if quick else 128,
     max_shards=100,
     sampling=dict(temperature=1.0, top_k=0, top_p=1.0),
-    batch_size=64,
-    prompt_buckets=[max_document_tokens + 2],
+    mesh=dict(data=-1, fsdp=1, tensor=1),
+    num_slots=64,
+    prompt_buckets=[max_document_tokens // 2, max_document_tokens + 2],
     max_new_tokens=max_document_tokens + 1,
     seed=0,
   )

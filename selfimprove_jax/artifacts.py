@@ -209,16 +209,37 @@ class Writer:
     """Writes one shard of JSON lines, or nothing if it is already whole."""
     if self.has(name):
       return
-    with self.shard(name) as (path, counts), path.open("w", encoding="utf-8") as file:
-      for record in records:
-        file.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
-        counts["records"] += 1
+    with self.shard(name) as (path, counts):
+      counts["records"] = _write_jsonl(path, records)
 
   def write_json(self, name: str, value: Any) -> None:
     if not self.has(name):
       with self.shard(name) as (path, counts):
         write_json(path, value)
         counts["records"] = 1
+
+  def contribute_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+    """Writes a shard of which this process alone has the records; `take_in` makes it count.
+
+    All processes of a job contribute, each its own shards; then all take each of them in.
+    """
+    self.write_jsonl(name, records)
+
+  def take_in(self, name: str) -> None:
+    """Makes a contributed shard one of the artefact's."""
+    if name in self._journal:
+      return
+    path = self.folder / name
+    counts = {"records": sum(1 for _ in _read_jsonl(path))}
+    entry = {"bytes": storage.num_bytes(path), "sha256": storage.sha256(path), **counts}
+    storage.append_line(self.folder / _JOURNAL, _journal_lines({name: entry})[name], key=name)
+    self._journal[name] = entry
+
+  def discard(self, name: str) -> None:
+    """Removes a contributed shard, if it is there."""
+    (self.folder / name).unlink(missing_ok=True)
+    if self._journal.pop(name, None):
+      storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
 
   @contextlib.contextmanager
   def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
@@ -257,7 +278,7 @@ class Writer:
 
 
 class Follower(Writer):
-  """A writer that writes nothing, for the processes of a job beside the one that does.
+  """For the processes of a job beside the one that writes: writes nothing but contributed shards.
 
   All of them make the same shards, since all take part in making them; here they go to scratch.
   """
@@ -278,6 +299,17 @@ class Follower(Writer):
   def read_jsonl(self, name: str) -> Iterator[dict[str, Any]]:
     made_here = self._scratch / name
     return _read_jsonl(made_here if made_here.exists() else self.folder / name)
+
+  def contribute_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+    if not self.has(name):
+      with storage.replacing(self.folder / name) as path:
+        _write_jsonl(path, records)
+
+  def take_in(self, name: str) -> None:
+    """Nothing: another does."""
+
+  def discard(self, name: str) -> None:
+    """Nothing: another does."""
 
   @contextlib.contextmanager
   def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
@@ -301,6 +333,15 @@ def _read_jsonl(path: storage.Path) -> Iterator[dict[str, Any]]:
   with path.open("rb") as file:
     for line in file:
       yield json.loads(line)
+
+
+def _write_jsonl(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> int:
+  num_records = 0
+  with path.open("w", encoding="utf-8") as file:
+    for record in records:
+      file.write(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n")
+      num_records += 1
+  return num_records
 
 
 def _journal_lines(entries: dict[str, dict[str, Any]]) -> dict[str, str]:

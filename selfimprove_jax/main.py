@@ -5,15 +5,13 @@ python -m selfimprove_jax.main --config=... --workdir=... --dry_run
 python -m selfimprove_jax.main show --workdir=runs/sbp_quick
 """
 
-import os
-import pathlib
 import shlex
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from selfimprove_jax import storage
+from selfimprove_jax import compilation_cache, storage
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
 _WORKDIR = flags.DEFINE_string(
@@ -30,7 +28,7 @@ _VERIFY = flags.DEFINE_bool(
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache",
-  str(pathlib.Path("~/.cache/selfimprove_jax/xla").expanduser()),
+  compilation_cache.DEFAULT_FOLDER,
   "Folder (or gs://) where what XLA compiled is kept for later runs; empty for none.",
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -85,7 +83,7 @@ def _run(config):
     return
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax tells of every file
-  _keep_compilations(_COMPILATION_CACHE.value)
+  compilation_cache.keep_in(_COMPILATION_CACHE.value)
   from selfimprove_jax import distributed
   from selfimprove_jax.progress import Progress
 
@@ -110,14 +108,6 @@ def _run(config):
   if _STAGES.value is None and distributed.is_main():
     command = shlex.join(["python", "-m", "selfimprove_jax.main", *sys.argv[1:]])
     runner.report(config, run_folder, command=command)
-
-
-def _keep_compilations(folder):
-  """Before JAX is imported; the environment tells it, and the processes of stages, where."""
-  if folder:
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(8 * 2**30))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _parse_flags(argv):

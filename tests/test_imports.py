@@ -16,6 +16,7 @@ _FLOORS = {
   **dict.fromkeys(
     ("allocator", "artifacts", "distributed", "executor", "hardware", "partitioning", "progress"), 1
   ),
+  "compilation_cache": 1,
   "xla_options": 1,
   **dict.fromkeys(("data", "models"), 2),
   **dict.fromkeys(("retrieval", "sampling"), 3),
@@ -35,6 +36,11 @@ _HEAVY = {
   "seqio",
   "torch",
   "gguf",
+  "openai",
+  "llguidance",
+  "math_verify",
+  "httpx",
+  "jsonschema",
 }
 
 

@@ -7,8 +7,9 @@
 
 Prints, for each program, bytes of HBM and FLOPs on one device, its collectives and whether it fits;
 the last line is all of that as one JSON object. The programs are those that the pipeline runs, on
-the mesh that the config makes of so many chips. Nothing is allocated: 3B takes some 2 GB of host
-memory and a few minutes.
+the mesh that the config makes of so many chips; each process samples by itself, so prefill (of the
+longest bucket) and decode are for the chips of one host. Nothing is allocated: 3B takes some 2 GB
+of host memory and a few minutes.
 """
 
 import functools
@@ -96,7 +97,10 @@ def lower(config: dict[str, Any], program: str, devices: list[Any]) -> tuple[Any
   if program == "train":
     return _lower_train(config, devices)
   if "synthesis" not in config:
-    raise ValueError(f"the pipeline {config['pipeline']!r} samples nothing; use --what=train")
+    raise ValueError(
+      f"the pipeline {config['pipeline']!r} has no stage that samples by a config's `synthesis`; "
+      "use --what=train"
+    )
   return _lower_sampling(config, program, devices)
 
 
@@ -158,80 +162,74 @@ def _training_stage(config):
 
   runner.check(config)
   needed = {"model", "mesh", "training", "weight_decay"}
-  return [stage for stage in runner.build(config) if needed <= stage.config.keys()][-1]
+  trained = [stage for stage in runner.build(config) if needed <= stage.config.keys()]
+  if not trained:
+    raise ValueError(f"the pipeline {config['pipeline']!r} trains nothing")
+  return trained[-1]
 
 
 def _lower_sampling(config, program, devices):
+  """The engine's own programs, on the mesh of one process: each samples by itself."""
   import jax
   import jax.numpy as jnp
 
   from selfimprove_jax import partitioning
-  from selfimprove_jax.models import llama
-  from selfimprove_jax.sampling import decode, sampler
-  from selfimprove_jax.training import train_step
+  from selfimprove_jax.models import llama, unrolled
+  from selfimprove_jax.models.params import abstract_params
+  from selfimprove_jax.sampling import decode, programs, sampler, slots
 
   s = config["synthesis"]
   model = llama.LlamaConfig(**config["model"])
-  mesh = partitioning.make_mesh(**config["mesh"], devices=devices)
-  B, T, M = s["batch_size"], max(s["prompt_buckets"]), s["max_new_tokens"]
+  c = unrolled.unroll_config(model)
+  local = [device for device in devices if device.process_index == devices[0].process_index]
+  mesh = partitioning.make_mesh(**s["mesh"], devices=local)
+  B, T = s["num_slots"], max(s["prompt_buckets"])
+  length = T + s["max_new_tokens"]
   partitioning.check_batch(B, mesh)
-  sampling = sampler.SamplingConfig(**s["sampling"])
-  network = llama.Llama(model)
-
-  def model_fn(params, tokens_BT, positions_BT, cache):
-    with partitioning.axis_rules():
-      return network.apply({"params": params}, tokens_BT, positions_BT, cache=cache)
-
-  def prefill(params, prompts_BT, lengths_B, keys_B):
-    return decode.sample(
-      functools.partial(model_fn, params),
-      llama.init_cache(model, B, T + M),
-      prompts_BT,
-      lengths_B,
-      keys_B,
-      max_new_tokens=1,
-      sampling=sampling,
-      eos_id=0,
-      pad_id=0,
-    )
-
-  def decode_step(params, last_B, positions_B, keys_B, cache):
-    logits_B1V, cache = model_fn(params, last_B[:, None], positions_B[:, None], cache)
-    return sampler.sample_tokens(logits_B1V[:, 0], keys_B, sampling), cache
-
-  params = train_step.abstract_params(network, mesh)
-  rows = partitioning.batch_sharding(mesh)
-  cache_rows = jax.NamedSharding(mesh, partitioning.spec(None, "batch", "kv_heads"))
-  cache = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_rows),
-    jax.eval_shape(functools.partial(llama.init_cache, model, B, T + M)),
-  )
-  ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=rows)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
-  keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=rows)
+  compiled = programs.make_programs(c, mesh, steps_per_call=programs.STEPS_PER_CALL)
+  params = abstract_params(llama.Llama(c), mesh)
+  whole = partitioning.replicated(mesh)
+  new_rows = functools.partial(slots.new_rows, [], eos_ids=(0,), pad_id=0)
+  rows, cache = jax.eval_shape(functools.partial(compiled.make, length=length), new_rows(B))
+  rows, cache = _laid(rows, whole), _laid(cache, programs.cache_sharding(mesh))
+  ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+  P = programs.prefill_rows(T, B, mesh, is_padded=True)
   with jax.set_mesh(mesh):
     if program == "prefill":
-      lowered = jax.jit(prefill).lower(params, ints((B, T)), ints((B,)), keys)
+      words_P4 = jax.ShapeDtypeStruct((P, 4), jnp.uint32)
+      arguments = (new_rows(P), words_P4, ints((P,)), ints((P, T)), ints((P,)))
+      lowered = compiled.admit.lower(params, rows, cache, *arguments)
     else:
-      lowered = jax.jit(decode_step, donate_argnums=4).lower(
-        params, ints((B,)), ints((B,)), keys, cache
+      features = decode.Features(truncates=sampler.SamplingConfig(**s["sampling"]).truncates)
+      lowered = compiled.draw.lower(
+        params, rows, cache, decode.Extras(), ints(()), features=features
       )
-  flops = model.forward_flops_per_token(T) * T if program == "prefill" else None
+  # A prefill makes no logits. A token at the end of a full cache attends to all of it, not half.
+  flops = P * T * (model.forward_flops_per_token(T) - 2 * model.vocab_size * model.embed_dim)
+  if program == "decode":
+    flops = B * model.forward_flops_per_token(2 * length)
   known = {
-    "batch": [B, T if program == "prefill" else 1],
-    "cache_length": T + M,
-    # Of one token at the end of a full cache: its attention is over all of it, not half.
-    "model_flops": B / len(devices) * (flops or model.forward_flops_per_token(2 * (T + M))),
+    "batch": [P, T] if program == "prefill" else [B, 1],
+    "cache_length": length,
+    "model_flops": flops / len(local),
     "state_bytes_whole": _bytes(params),
     "state_bytes": _bytes(params, sharded=True),
   }
-  return lowered, _describe(known, model, mesh)
+  return lowered, _describe(known, c, mesh)
 
 
 def _describe(known, model, mesh):
   shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
   names = ("num_layers", "remat", "attention")
   return {**known, "mesh": shape, **{name: getattr(model, name) for name in names}}
+
+
+def _laid(tree, sharding):
+  import jax
+
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+  )
 
 
 def _bytes(tree, *, sharded=False):

@@ -22,11 +22,13 @@ import jax
 from jax.sharding import Mesh
 
 from selfimprove_jax import artifacts, partitioning
-from selfimprove_jax.models import gguf, hf, hf_export
+from selfimprove_jax.models import gguf, hf, hf_export, params_checkpoint, pretrained
+from selfimprove_jax.models.checksums import DamagedCheckpointError
 from selfimprove_jax.models.hf_names import hf_tensors
 from selfimprove_jax.models.llama import Llama, LlamaConfig
+from selfimprove_jax.models.params import abstract_params
 from selfimprove_jax.pipelines import model_stages
-from selfimprove_jax.training import checkpoint, params_checkpoint, pretrained, train_step
+from selfimprove_jax.training import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read_stage(folder: pathlib.Path, mesh: Mesh, *, step: int | None, dtype: str
     with checkpoint.Checkpoints(folder / "checkpoints", keep=None) as saved:
       if step not in saved.steps():
         raise ValueError(f"{folder} has no checkpoint of step {step}; it has {saved.steps()}")
-      params = saved.restore_params(step, train_step.abstract_params(model, mesh))
+      params = saved.restore_params(step, abstract_params(model, mesh))
   config = dataclasses.replace(model.c, param_dtype=dtype or model.c.param_dtype)
   params = jax.tree.map(lambda x: x.astype(config.param_dtype), params)
   stage_config = json.loads((folder / "config.json").read_text())["config"]
@@ -189,7 +191,7 @@ def main() -> int:
         to_format=to_format,
         max_shard_bytes=round(arguments.max_shard_gb * 1e9),
       )
-  except (ValueError, OSError, artifacts.ArtifactError, checkpoint.DamagedCheckpointError) as error:
+  except (ValueError, OSError, artifacts.ArtifactError, DamagedCheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   leaves = jax.tree.leaves(model.params)

@@ -81,27 +81,16 @@ def write_split(
   for count in ("dropped_leaking", "dropped_leaking_share"):
     summary[count] = dict.fromkeys(fractions, 0)
   with _emptied(pathlib.Path(scratch) / "split") as folder:
-    by_content = _HashSort(folder / "content", num_buckets)
-    by_id = _HashSort(folder / "id", num_buckets)
-    for index, document in enumerate(documents):
-      folded = " ".join(document.text.split())
-      id_hash = _hash(seed, "id", document.id)
-      record = [document.id, document.group, document.text.strip(), index]
-      by_content.add(_hash(seed, "content", folded) + id_hash, record)
-      by_id.add(id_hash, document.id)
-      summary["documents"] += 1
-    if not summary["documents"]:
-      raise ValueError(f"the corpus is empty: {source} gave no document")
-    _check_unique(by_id, source)
+    by_content = _sorted_by_content(documents, folder, source, seed, num_buckets, summary)
+    by_order = {role: _HashSort(folder / role, num_buckets) for role in ROLES}
+
+    def passage_key(passage_id, group, place):
+      if order == "document":
+        return _hash(seed, "passage", passage_id)
+      return f"{_hash(seed, 'order', group)}{place}"
 
     by_group = _HashSort(folder / "group", num_buckets)
-    by_order = {role: _HashSort(folder / role, num_buckets) for role in ROLES}
-    content = None
-    for key, (id_, group, text, index) in by_content:
-      if key[:_HASH_CHARS] == content:
-        summary["duplicates"] += 1
-        continue
-      content = key[:_HASH_CHARS]
+    for id_, group, text, index in _without_duplicates(by_content, summary):
       role = _role(seed, group, fractions)
       by_group.add(_hash(seed, "group", group), role)
       passages = cut_passages(text, max_chars=max_passage_chars, min_chars=min_passage_chars)
@@ -109,35 +98,63 @@ def write_split(
       summary["dropped_short"] += len(passages) - len(kept)
       for number, passage in enumerate(kept):
         passage_id = id_ if len(kept) == 1 else f"{id_}#{number}"
-        if order == "document":
-          order_key = _hash(seed, "passage", passage_id)
-        else:
-          order_key = f"{_hash(seed, 'order', group)}{index:016x}{number:08x}"
-        by_order[role].add(order_key, {"id": passage_id, "group": group, "text": passage})
-
+        key = passage_key(passage_id, group, f"{index:016x}{number:08x}")
+        by_order[role].add(key, {"id": passage_id, "group": group, "text": passage})
     for _, groups in itertools.groupby(by_group, key=lambda item: item[0]):
       summary["groups"][next(groups)[1]] += 1
-    held_out = {
-      role: [(record, _shingles(record["text"], shingle_size)) for _, record in by_order[role]]
-      for role in fractions
-    }
-    leaked = _shared_shingles(by_order["train"], held_out, shingle_size)
-    for role in ("test", "validation"):
-      whole = len(held_out[role])
-      held_out[role] = [item for item in held_out[role] if leaked.isdisjoint(item[1])]
-      summary["dropped_leaking"][role] = whole - len(held_out[role])
-      summary["dropped_leaking_share"][role] = (whole - len(held_out[role])) / max(whole, 1)
-      leaked = leaked.union(*(item[1] for item in held_out[role]))
 
+    held_out = _without_leaks(by_order, fractions, shingle_size, summary)
     _check_roles(summary, fractions, {role: len(held_out[role]) for role in fractions}, by_order)
     for role in ROLES:
       if role == "train":
         records = (record for _, record in by_order[role])
         _write_role(writer, role, records, len(by_order[role]), num_shards, summary)
       elif fractions[role]:
-        records = (record for record, _ in held_out[role])
-        _write_role(writer, role, records, len(held_out[role]), 1, summary)
+        _write_role(writer, role, held_out[role], len(held_out[role]), 1, summary)
   return summary
+
+
+def _sorted_by_content(documents, folder, source, seed, num_buckets, summary):
+  """[id, group, text, index] of each document, those of equal text together."""
+  by_content = _HashSort(folder / "content", num_buckets)
+  by_id = _HashSort(folder / "id", num_buckets)
+  for index, document in enumerate(documents):
+    folded = " ".join(document.text.split())
+    id_hash = _hash(seed, "id", document.id)
+    record = [document.id, document.group, document.text.strip(), index]
+    by_content.add(_hash(seed, "content", folded) + id_hash, record)
+    by_id.add(id_hash, document.id)
+    summary["documents"] += 1
+  if not summary["documents"]:
+    raise ValueError(f"the corpus is empty: {source} gave no document")
+  _check_unique(by_id, source)
+  return by_content
+
+
+def _without_duplicates(by_content, summary):
+  content = None
+  for key, record in by_content:
+    if key[:_HASH_CHARS] == content:
+      summary["duplicates"] += 1
+      continue
+    content = key[:_HASH_CHARS]
+    yield record
+
+
+def _without_leaks(by_order, fractions, shingle_size, summary):
+  """Role -> held-out records that share no run of words with train, or validation with test."""
+  held_out = {
+    role: [(record, _shingles(record["text"], shingle_size)) for _, record in by_order[role]]
+    for role in fractions
+  }
+  leaked = _shared_shingles(by_order["train"], held_out, shingle_size)
+  for role in ("test", "validation"):
+    whole = len(held_out[role])
+    held_out[role] = [item for item in held_out[role] if leaked.isdisjoint(item[1])]
+    summary["dropped_leaking"][role] = whole - len(held_out[role])
+    summary["dropped_leaking_share"][role] = (whole - len(held_out[role])) / max(whole, 1)
+    leaked = leaked.union(*(item[1] for item in held_out[role]))
+  return {role: [record for record, _ in items] for role, items in held_out.items()}
 
 
 def cut_passages(text: str, *, max_chars: int, min_chars: int) -> list[str]:
@@ -206,7 +223,7 @@ def _shared_shingles(train: "_HashSort", held_out: dict[str, list], size: int) -
 def _write_role(
   writer: artifacts.Writer,
   role: str,
-  records: Iterator[dict[str, str]],
+  records: Iterable[dict[str, str]],
   num_records: int,
   num_shards: int,
   summary: dict[str, Any],

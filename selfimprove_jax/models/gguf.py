@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from selfimprove_jax.models.hf_names import HfTensor, hf_tensors
-from selfimprove_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.models.rope import RopeScaling, rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_1")

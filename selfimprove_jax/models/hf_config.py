@@ -8,7 +8,8 @@ import os
 import pathlib
 from typing import Any
 
-from selfimprove_jax.models.llama import LlamaConfig, RopeScaling
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.models.rope import RopeScaling
 
 CONFIG_FILE = "config.json"
 # What transformers takes where config.json leaves a field out.

@@ -4,7 +4,8 @@
 Qwen2.5 and Qwen3.
 
 Axis letters, for the whole package: B batch, T query position, S key position, D model,
-F feed-forward, N query heads, K kv heads, G = N / K, H head width, V vocabulary, L layers.
+F feed-forward, N query heads, K kv heads, G = N / K, H head width, V vocabulary, L layers,
+J projections joined in one.
 
 The model knows nothing of training, meshes or files. Parameters and activations carry logical axis
 names; `partitioning.py` says what they mean on a mesh.
@@ -24,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from selfimprove_jax.models.attention import IMPLEMENTATIONS, attend
+from selfimprove_jax.models.rope import RopeScaling, rope
 
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES = {
@@ -32,31 +34,6 @@ REMAT_POLICIES = {
   "dots": _POLICIES.dots_with_no_batch_dims_saveable,
   "qkv_context": _POLICIES.save_only_these_names("qkv", "context"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3.1's stretched rotary frequencies, for contexts beyond the one pretrained with.
-
-  Attributes:
-    factor: slow frequencies are divided by it.
-    low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are slow.
-    high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` stay; those
-      between are interpolated.
-    original_max_positions: context of the pretraining.
-  """
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_positions: int
-
-  def __post_init__(self):
-    if not 0 < self.low_freq_factor < self.high_freq_factor:
-      raise ValueError(
-        f"rope_scaling has low_freq_factor={self.low_freq_factor} and "
-        f"high_freq_factor={self.high_freq_factor}; the first must be the smaller, and positive"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +50,8 @@ class LlamaConfig:
     remat: a name in `REMAT_POLICIES`: what the backward pass recomputes.
     attention: a name in `attention.IMPLEMENTATIONS`.
     scan_unroll: layers a step of the scan; more is a little faster on CPU and slower to compile.
+    unrolled: the parameters' form to sample with (`models/unrolled.py` makes it): each layer's by
+      themselves, with query, key and value joined, and gate and up. A cache needs it.
   """
 
   vocab_size: int
@@ -94,6 +73,7 @@ class LlamaConfig:
   remat: str = "none"
   attention: str = "xla"
   scan_unroll: int = 1
+  unrolled: bool = False
 
   def __post_init__(self):
     if isinstance(self.rope_scaling, dict):  # as JSON and configs hold it
@@ -131,45 +111,22 @@ class LlamaConfig:
 
 
 @flax.struct.dataclass
-class Cache:
-  """Keys and values of every position seen so far; an argument and a result of the model."""
+class LayerCache:
+  """Keys and values that a layer has seen, at their positions."""
 
-  k_LBKSH: Float[Array, "L B K S H"]
-  v_LBKSH: Float[Array, "L B K S H"]
+  k_BKSH: Float[Array, "B K S H"]
+  v_BKSH: Float[Array, "B K S H"]
+
+
+Cache = tuple[LayerCache, ...]
 
 
 def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
-  shape = (c.num_layers, batch, c.num_kv_heads, length, c.head_dim)
-  return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype))
-
-
-def rope_frequencies(
-  head_dim: int, theta: float, scaling: RopeScaling | None
-) -> Float[np.ndarray, " h"]:
-  """Radians a position for each pair of a head's coordinates."""
-  frequencies_h = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-  if scaling is None:
-    return frequencies_h.astype(np.float32)
-  s = scaling
-  turns_h = s.original_max_positions * frequencies_h / (2 * np.pi)  # over the pretraining's context
-  keep_h = (turns_h - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-  keep_h = np.clip(keep_h, 0.0, 1.0)
-  scaled_h = (1 - keep_h) * frequencies_h / s.factor + keep_h * frequencies_h
-  return scaled_h.astype(np.float32)
-
-
-def rope(
-  x_BTNH: Float[Array, "B T N H"],
-  positions_BT: Int[Array, "B T"],
-  theta: float,
-  scaling: RopeScaling | None = None,
-) -> Float[Array, "B T N H"]:
-  """Rotary position embedding in float32, Hugging Face's convention (first half with second)."""
-  frequencies_h = jnp.asarray(rope_frequencies(x_BTNH.shape[-1], theta, scaling))
-  angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
-  sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
-  x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTNH.dtype)
+  """An empty cache; an argument and a result of the unrolled model."""
+  shape = (batch, c.num_kv_heads, length, c.head_dim)
+  return tuple(
+    LayerCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers)
+  )
 
 
 class RMSNorm(nn.Module):
@@ -189,40 +146,34 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with QK-norm and RoPE; writes to the cache before it reads it."""
+  """Grouped-query attention with QK-norm and RoPE; reads the cache with what it adds to it."""
 
   c: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, cache, layer):
+  def __call__(self, x_BTD, positions_BT, segments_BT, cache):
     c = self.c
-    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-    weight = functools.partial(_weight, self, c)
-    q_BTNH = _project(x_BTD, weight("wq_DNH", (D, N, H), D))
-    k_BTKH = _project(x_BTD, weight("wk_DKH", (D, K, H), D))
-    v_BTKH = _project(x_BTD, weight("wv_DKH", (D, K, H), D))
-    if c.qkv_bias:
-      q_BTNH += _bias(self, c, "bq_NH", (N, H))[None, None]
-      k_BTKH += _bias(self, c, "bk_KH", (K, H))[None, None]
-      v_BTKH += _bias(self, c, "bv_KH", (K, H))[None, None]
+    N, H = c.num_heads, c.head_dim
+    q_BTNH, k_BTKH, v_BTKH = self._joined(x_BTD) if c.unrolled else self._apart(x_BTD)
     if c.qk_norm:
       q_BTNH = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q_BTNH)
       k_BTKH = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(k_BTKH)
     q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
     k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
-    if cache is None:
-      k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-      key_positions_BS = positions_BT
-    else:
-      rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-      cache = Cache(
-        cache.k_LBKSH.at[layer, rows_B1, :, positions_BT].set(k_BTKH),
-        cache.v_LBKSH.at[layer, rows_B1, :, positions_BT].set(v_BTKH),
-      )
-      k_BKSH, v_BKSH = cache.k_LBKSH[layer], cache.v_LBKSH[layer]
+    k_BKSH, v_BKSH, key_positions_BS = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), positions_BT
+    if cache is not None and cache.k_BKSH.shape[2] > x_BTD.shape[1]:
+      # By index of the head too: a slice of heads would have TPUs keep the cache in another layout
+      # within the loop of decode steps, a second copy of it.
+      rows_B11 = jnp.arange(x_BTD.shape[0])[:, None, None]
+      heads_1K1 = jnp.arange(c.num_kv_heads)[None, :, None]
+      at = (rows_B11, heads_1K1, positions_BT[:, None])
+      k_BKSH = cache.k_BKSH.at[at].set(k_BKSH)
+      v_BKSH = cache.v_BKSH.at[at].set(v_BKSH)
       B, _, S, _ = k_BKSH.shape
       key_positions_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
+    if cache is not None:
+      cache = LayerCache(k_BKSH, v_BKSH)
     context_BTNH = attend(
       q_BTNH,
       k_BKSH,
@@ -234,8 +185,30 @@ class Attention(nn.Module):
       implementation=c.attention,
     )
     context_BTNH = checkpoint_name(context_BTNH, "context")
-    wo_NHD = weight("wo_NHD", (N, H, D), 2 * c.num_layers * N * H)
+    wo_NHD = _weight(self, c, "wo_NHD", (N, H, c.embed_dim), 2 * c.num_layers * N * H)
     return _project(context_BTNH, wo_NHD), cache
+
+  def _apart(self, x_BTD):
+    c = self.c
+    D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+    weight = functools.partial(_weight, self, c, fan_in=D)
+    weights = weight("wq_DNH", (D, N, H)), weight("wk_DKH", (D, K, H)), weight("wv_DKH", (D, K, H))
+    q_BTNH, k_BTKH, v_BTKH = _project_each(x_BTD, *weights)
+    if c.qkv_bias:
+      q_BTNH += _bias(self, c, "bq_NH", (N, H))[None, None]
+      k_BTKH += _bias(self, c, "bk_KH", (K, H))[None, None]
+      v_BTKH += _bias(self, c, "bv_KH", (K, H))[None, None]
+    return q_BTNH, k_BTKH, v_BTKH
+
+  def _joined(self, x_BTD):
+    """By one product: a decode step is as fast as its weights are read."""
+    c = self.c
+    K, H, J = c.num_kv_heads, c.head_dim, c.num_heads // c.num_kv_heads + 2
+    qkv_BTKJH = _project(x_BTD, _weight(self, c, "wqkv_DKJH", (c.embed_dim, K, J, H)))
+    if c.qkv_bias:
+      qkv_BTKJH += _bias(self, c, "bqkv_KJH", (K, J, H))[None, None]
+    q_BTNH = qkv_BTKJH[:, :, :, :-2].reshape(*x_BTD.shape[:2], c.num_heads, H)
+    return q_BTNH, qkv_BTKJH[:, :, :, -2], qkv_BTKJH[:, :, :, -1]
 
 
 class SwiGLU(nn.Module):
@@ -245,8 +218,12 @@ class SwiGLU(nn.Module):
   def __call__(self, x_BTD):
     c = self.c
     weight = functools.partial(_weight, self, c)
-    gate_BTF = _project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
-    up_BTF = _project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
+    if c.unrolled:
+      both_BTJF = _project(x_BTD, weight("w_gate_up_DJF", (c.embed_dim, 2, c.mlp_dim)))
+      gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
+    else:
+      gate_BTF = _project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
+      up_BTF = _project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
     w_down_FD = weight("w_down_FD", (c.mlp_dim, c.embed_dim), 2 * c.num_layers * c.mlp_dim)
     return _project(jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
 
@@ -258,21 +235,23 @@ class Layer(nn.Module):
   deterministic: bool
 
   @nn.compact
-  def __call__(self, carry, positions_BT, segments_BT):
+  def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
     c = self.c
-    x_BTD, cache, layer = carry
     dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
     h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
-    h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache, layer)
+    h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache)
     x_BTD += dropout(name="attention_dropout")(h_BTD)
     h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD)
     x_BTD += dropout(name="mlp_dropout")(SwiGLU(c, name="mlp")(h_BTD))
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
-    return (x_BTD, cache, layer + 1), None
+    return x_BTD, cache
 
 
 class Llama(nn.Module):
-  """Tokens in, hidden states or logits out; the layers are scanned, their weights stacked on L."""
+  """Tokens in, hidden states or logits out.
+
+  The layers are scanned, their weights stacked on L; unrolled, each has its own.
+  """
 
   c: LlamaConfig
 
@@ -292,7 +271,8 @@ class Llama(nn.Module):
     Args:
       positions_BT: counted from the start of each document.
       segments_BT: document of each token, 0 for padding; None if a row is one document.
-      cache: if given, keys and values are written at `positions_BT` and read from the cache.
+      cache: if given, keys and values are written at `positions_BT` and read from the cache; one no
+        longer than the tokens is filled with theirs, which must begin at position 0.
       deterministic: False turns dropout on, with the rng named "dropout".
       logits: False gives the final hidden states (after the last norm) instead.
 
@@ -300,6 +280,8 @@ class Llama(nn.Module):
       float32 logits (or hidden states in `c.dtype`), and the new cache (None without one).
     """
     c = self.c
+    if cache is not None and not c.unrolled:
+      raise ValueError("a cache needs an unrolled model: see models/unrolled.py")
     if cache is not None and segments_BT is not None:
       raise ValueError("a cache holds one document a row: pass segments or a cache, not both")
     embedding_VD = self.param(
@@ -314,6 +296,26 @@ class Llama(nn.Module):
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     x_BTD = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x_BTD)
+    if c.unrolled:
+      caches = [None] * c.num_layers if cache is None else list(cache)
+      for i in range(c.num_layers):
+        layer = Layer(c, deterministic, name=f"layers_{i}")
+        x_BTD, caches[i] = layer(x_BTD, positions_BT, segments_BT, caches[i])
+      cache = None if cache is None else tuple(caches)
+    else:
+      x_BTD = self._scanned_layers(x_BTD, positions_BT, segments_BT, deterministic)
+    x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
+    if c.tie_embeddings:
+      head_DV = embedding_VD.T
+    else:
+      head_DV = _weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
+    if not logits:
+      return x_BTD, cache
+    logits_BTV = _project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
+    return logits_BTV, cache
+
+  def _scanned_layers(self, x_BTD, positions_BT, segments_BT, deterministic):
+    c = self.c
     layer = Layer
     if c.remat != "none":
       layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
@@ -326,16 +328,8 @@ class Llama(nn.Module):
       unroll=c.scan_unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, deterministic, name="layers")
-    (x_BTD, cache, _), _ = layers((x_BTD, cache, jnp.int32(0)), positions_BT, segments_BT)
-    x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
-    if c.tie_embeddings:
-      head_DV = embedding_VD.T
-    else:
-      head_DV = _weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
-    if not logits:
-      return x_BTD, cache
-    logits_BTV = _project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
-    return logits_BTV, cache
+    x_BTD, _ = layers(x_BTD, positions_BT, segments_BT)
+    return x_BTD
 
 
 def output_head(params: Any) -> Float[Array, "V D"]:
@@ -356,7 +350,24 @@ def _project(x, weight, dtype=None):
   return y.reshape(B, T, *out)
 
 
-_LOGICAL_AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "H": None, "F": "mlp", "V": "vocab"}
+def _project_each(x_BTD, *weights):
+  """`_project` of x by each of the weights, as one matmul where that is faster.
+
+  One product of [q k v] and, backwards, one sum less: a training step on CPU gains 3%. Not for
+  fewer tokens than copying the weights is worth, nor where their outputs lie on several devices.
+  """
+  B, T, D = x_BTD.shape
+  mesh = jax.sharding.get_abstract_mesh()
+  if B * T < 2 * D or not (mesh.empty or mesh.shape["tensor"] == 1):
+    return [_project(x_BTD, weight) for weight in weights]
+  sizes = [math.prod(weight.shape[1:]) for weight in weights]
+  joined_DO = jnp.concatenate([weight.reshape(D, -1) for weight in weights], axis=1)
+  parts = jnp.split(_project(x_BTD, joined_DO), np.cumsum(sizes)[:-1], axis=-1)
+  return [part.reshape(B, T, *weight.shape[1:]) for part, weight in zip(parts, weights)]
+
+
+_LOGICAL_AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "F": "mlp", "V": "vocab"}
+_LOGICAL_AXES |= {"H": None, "J": None}  # whole everywhere
 
 
 def _weight(module, c, name, shape, fan_in=None):

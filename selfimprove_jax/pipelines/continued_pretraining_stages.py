@@ -14,12 +14,11 @@ from selfimprove_jax.data import packing
 from selfimprove_jax.data import rows as rows_lib
 from selfimprove_jax.data import tokenizer as tokenizers
 from selfimprove_jax.evaluation import perplexity
-from selfimprove_jax.models import hf, hf_export
+from selfimprove_jax.models import hf, hf_export, pretrained
 from selfimprove_jax.models.llama import Llama, LlamaConfig
 from selfimprove_jax.pipelines import model_stages, text_stages
 from selfimprove_jax.pipelines.continued_pretraining import CORPORA
 from selfimprove_jax.pipelines.stages import Context
-from selfimprove_jax.training import pretrained
 
 _TAIL_BYTES = 1 << 20
 

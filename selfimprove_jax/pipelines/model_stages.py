@@ -10,10 +10,12 @@ from selfimprove_jax import artifacts, partitioning
 from selfimprove_jax.data import mixture as mixtures
 from selfimprove_jax.data import rows
 from selfimprove_jax.evaluation import conditioning, perplexity
+from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.llama import Llama, LlamaConfig
+from selfimprove_jax.models.params import abstract_params
 from selfimprove_jax.pipelines.stages import Context
 from selfimprove_jax.pipelines.text_stages import open_tokenizer
-from selfimprove_jax.training import checkpoint, loop, optimizer, train_step
+from selfimprove_jax.training import checkpoint, loop, optimizer
 
 
 def load_model(artifact: artifacts.Artifact, mesh: Any) -> tuple[Llama, Any]:
@@ -24,15 +26,15 @@ def load_model(artifact: artifacts.Artifact, mesh: Any) -> tuple[Llama, Any]:
   """
   summary = artifact.summary
   model = Llama(LlamaConfig(**{**summary["model"], "dropout_rate": 0.0}))
-  abstract = train_step.abstract_params(model, mesh)
+  abstract = abstract_params(model, mesh)
   with checkpoint.Checkpoints(artifact.folder / "checkpoints", keep=None) as saved:
     try:
       params = saved.restore_params(summary["step"], abstract)
-    except checkpoint.DamagedCheckpointError as error:
+    except DamagedCheckpointError as error:
       raise artifacts.ArtifactError(
         f"{error}. Delete the folder {artifact.folder} and run the same command again"
       ) from error
-  if checkpoint.checksums(params) != summary["checksums"]:
+  if checksums(params) != summary["checksums"]:
     raise artifacts.ArtifactError(
       f"the parameters in {artifact.folder} are not those of its manifest"
     )
@@ -165,6 +167,27 @@ def _document_losses(context, model, mesh, params, source, evaluation):
   return scorer.documents(params, open_tokenizer(context.inputs["tokenizer"]))
 
 
+def _optimizer(t, num_steps, weight_decay):
+  learning_rate = optimizer.warmup_cosine(
+    peak_lr=t["peak_lr"],
+    final_lr=t["final_lr"],
+    warmup_steps=min(round(t["warmup_fraction"] * num_steps), num_steps - 1),
+    num_steps=num_steps,
+  )
+  tx = optimizer.make_optimizer(
+    t["optimizer"],
+    learning_rate,
+    weight_decay=weight_decay,
+    b1=t["b1"],
+    b2=t["b2"],
+    eps=t["eps"],
+    clip_norm=t["clip_norm"],
+    momentum_dtype=t["momentum_dtype"],
+    skip_spikes=t["skip_spikes"],
+  )
+  return learning_rate, tx
+
+
 def train(
   context: Context,
   *,
@@ -188,23 +211,7 @@ def train(
     evaluation: batch_rows, and max_validation_rows for the evaluations between steps.
   """
   t = training
-  learning_rate = optimizer.warmup_cosine(
-    peak_lr=t["peak_lr"],
-    final_lr=t["final_lr"],
-    warmup_steps=min(round(t["warmup_fraction"] * num_steps), num_steps - 1),
-    num_steps=num_steps,
-  )
-  tx = optimizer.make_optimizer(
-    t["optimizer"],
-    learning_rate,
-    weight_decay=weight_decay,
-    b1=t["b1"],
-    b2=t["b2"],
-    eps=t["eps"],
-    clip_norm=t["clip_norm"],
-    momentum_dtype=t["momentum_dtype"],
-    skip_spikes=t["skip_spikes"],
-  )
+  learning_rate, tx = _optimizer(t, num_steps, weight_decay)
   vocab_size = context.inputs["tokenizer"].summary["vocab_size"]
   if vocab_size > model.vocab_size:
     raise ValueError(f"model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}")
@@ -257,7 +264,7 @@ def train(
     "num_parameters": model.num_parameters,
     "step": result.step,
     "steps_made": result.steps_made,
-    "checksums": checkpoint.checksums(result.params),
+    "checksums": checksums(result.params),
     "tokens": tokens,
     "flops": tokens * model.train_flops_per_token(t["seq_len"]),
     "passes": mixture.passes(result.steps_made),

@@ -34,11 +34,16 @@ def check(config: dict[str, Any]) -> None:
   Raises:
     ValueError: there is one, which is named; or there is no such pipeline.
   """
-  from selfimprove_jax.pipelines import continued_pretraining_config, sbp_config
+  from selfimprove_jax.pipelines import (
+    budget_forcing_config,
+    continued_pretraining_config,
+    sbp_config,
+  )
 
   checks = {
     "sbp": sbp_config.check,
     "continued_pretraining": continued_pretraining_config.check,
+    "budget_forcing": budget_forcing_config.check,
   }
   if config.get("pipeline") not in checks:
     raise ValueError(f"pipeline={config.get('pipeline')!r} is unknown; there are {sorted(checks)}")
@@ -47,19 +52,28 @@ def check(config: dict[str, Any]) -> None:
 
 def build(config: dict[str, Any]) -> list[Stage]:
   """The stages of the pipeline that a checked config names."""
-  from selfimprove_jax.pipelines import continued_pretraining, sbp
+  from selfimprove_jax.pipelines import budget_forcing, continued_pretraining, sbp
 
-  builds = {"sbp": sbp.build, "continued_pretraining": continued_pretraining.build}
+  builds = {
+    "sbp": sbp.build,
+    "continued_pretraining": continued_pretraining.build,
+    "budget_forcing": budget_forcing.build,
+  }
   return builds[config["pipeline"]](config)
 
 
 def report(config: dict[str, Any], run_folder: storage.Path, *, command: str) -> None:
   """Writes the report of a finished run, and prints its table and path."""
-  from selfimprove_jax.pipelines import continued_pretraining_report, sbp_report
+  from selfimprove_jax.pipelines import (
+    budget_forcing_report,
+    continued_pretraining_report,
+    sbp_report,
+  )
 
   reports = {
     "sbp": sbp_report.make_and_print,
     "continued_pretraining": continued_pretraining_report.make_and_print,
+    "budget_forcing": budget_forcing_report.make_and_print,
   }
   reports[config["pipeline"]](config, run_folder, command=command)
 

@@ -84,7 +84,7 @@ def _synthesis(source: str, c: dict[str, Any], read: dict[str, str]) -> list[Sta
     Stage(
       f"samples/{source}",
       "synthesis_stages:sample",
-      {"conditional": source != "unconditional", "mesh": c["mesh"]} | synthesis,
+      {"conditional": source != "unconditional"} | synthesis,
       {**read, "model": model},
       Plan(tokens=sampled, flops=flops),
       uses_devices=True,

@@ -1,9 +1,8 @@
 """Stages that sample: synthetic documents, and the rows made from those that pass the filters."""
 
-import collections
-import functools
-from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from selfimprove_jax import partitioning
 from selfimprove_jax.data import packing
@@ -11,9 +10,11 @@ from selfimprove_jax.evaluation import data_quality
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.model_stages import load_model
 from selfimprove_jax.pipelines.pair_stages import paired_documents
+from selfimprove_jax.pipelines.sampled_shards import write_shards
 from selfimprove_jax.pipelines.stages import Context
 from selfimprove_jax.pipelines.text_stages import open_tokenizer, write_packed
 from selfimprove_jax.sampling.engine import Engine
+from selfimprove_jax.sampling.requests import Completion, Request
 from selfimprove_jax.sampling.sampler import SamplingConfig
 from selfimprove_jax.synthesis import filters, sbp
 
@@ -27,87 +28,89 @@ def sample(
   max_shards: int,
   mesh: dict[str, int],
   sampling: dict[str, Any],
-  batch_size: int,
+  num_slots: int,
   prompt_buckets: list[int],
   max_new_tokens: int,
   seed: int,
 ) -> dict[str, Any]:
   """Samples documents until there are `target_tokens` of them.
 
-  A shard is the unit of resumption: those that are whole are not sampled again. A record's seed
-  document and its randomness depend on `seed` and its number alone.
+  A record's seed document and its randomness depend on `seed` and its number alone.
 
   Args:
     conditional: after `BOS d1 SEP`, each d1 uniform among the unique documents; else after `BOS`.
-    target_tokens: sampling ends with the shard that reaches it.
+    target_tokens: the shard that reaches it is the last.
+    mesh: of the devices of one process; every process samples by itself.
+    num_slots: documents that one process samples at once.
+    prompt_buckets: prompt lengths that are compiled for; the last is the longest there may be.
 
   Raises:
     ValueError: `max_shards` shards hold fewer tokens than `target_tokens`.
   """
   tokenizer = open_tokenizer(context.inputs["tokenizer"])
   documents = paired_documents(context.inputs["tokens"], "unique")
+  config = SamplingConfig(**sampling)
 
-  @functools.cache
-  def engine() -> Engine:  # not made where every shard is there already
-    on = partitioning.make_mesh(**mesh)
+  def seed_document(number: int) -> dict[str, Any]:
+    return documents[sbp.seed_index(number, num_documents=len(documents), seed=seed)]
+
+  def requests(shard: int) -> list[Request]:
+    numbers = range(shard * documents_per_shard, (shard + 1) * documents_per_shard)
+    prompts = [sbp.unconditional_prompt(tokenizer)] * len(numbers)
+    if conditional:
+      ids = tokenizer.encode_batch([seed_document(number)["text"] for number in numbers])
+      prompts = [sbp.conditional_prompt(d1_ids, tokenizer) for d1_ids in ids]
+    return [
+      Request(
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        record_id=number,
+        sampling=config,
+      )
+      for number, prompt in zip(numbers, prompts)
+    ]
+
+  def record(shard: int, place: int, request: Request, completion: Completion) -> dict[str, Any]:
+    return sbp.synthetic_record(
+      request.record_id,
+      source=context.folder.name,
+      seed_document=seed_document(request.record_id) if conditional else None,
+      prompt=request.prompt,
+      completion=completion,
+      tokenizer=tokenizer,
+    )
+
+  def make_engine() -> Engine:
+    on = partitioning.make_mesh(**mesh, devices=jax.local_devices())
     network, params = load_model(context.inputs["model"], on)
     return Engine(
       network,
       params,
       on,
-      sampling=SamplingConfig(**sampling),
-      eos_id=tokenizer.eos_id,
+      eos_ids=(tokenizer.eos_id,),
       pad_id=tokenizer.pad_id,
-      batch_size=batch_size,
+      num_slots=num_slots,
+      max_length=max(prompt_buckets) + max_new_tokens,
       prompt_buckets=prompt_buckets,
-      max_new_tokens=max_new_tokens,
     )
 
-  def synthesize(numbers: range) -> Iterator[dict[str, Any]]:
-    seeds: list[dict[str, Any] | None] = [None] * len(numbers)
-    prompts = [sbp.unconditional_prompt(tokenizer)] * len(numbers)
-    if conditional:
-      chosen = (sbp.seed_index(n, num_documents=len(documents), seed=seed) for n in numbers)
-      seeds = [documents[index] for index in chosen]
-      ids = tokenizer.encode_batch([document["text"] for document in seeds])
-      prompts = [sbp.conditional_prompt(d1_ids, tokenizer) for d1_ids in ids]
-    completions = engine().generate(
-      prompts, seed=seed, record_ids=numbers, on_batch=lambda _, tokens: bar.update(tokens)
-    )
-    for number, document, prompt, completion in zip(numbers, seeds, prompts, completions):
-      yield sbp.synthetic_record(
-        number,
-        source=context.folder.name,
-        seed_document=document,
-        prompt=prompt,
-        completion=completion,
-        tokenizer=tokenizer,
-      )
-
-  totals: collections.Counter[str] = collections.Counter()
-  finish_reasons: collections.Counter[str] = collections.Counter()
-  with context.progress.track(target_tokens, label=context.name, unit="tokens") as bar:
-    for shard in range(max_shards):
-      if totals["tokens"] >= target_tokens:
-        break
-      name = f"{shard:05d}.jsonl"
-      first = shard * documents_per_shard
-      context.writer.write_jsonl(name, synthesize(range(first, first + documents_per_shard)))
-      for record in context.writer.read_jsonl(name):
-        totals["documents"] += 1
-        totals["tokens"] += record["num_tokens"]
-        totals["prompt_tokens"] += record["num_prompt_tokens"]
-        finish_reasons[record["finish_reason"]] += 1
-  if totals["tokens"] < target_tokens:
-    raise ValueError(
-      f"{max_shards} shards of {documents_per_shard} documents hold {totals['tokens']} tokens, "
-      f"target_tokens={target_tokens} were asked for; raise max_shards"
-    )
+  totals = write_shards(
+    context,
+    make_engine=make_engine,
+    requests=requests,
+    make_record=record,
+    max_shards=max_shards,
+    target_tokens=target_tokens,
+  )
   model = LlamaConfig(**context.inputs["model"].summary["model"])
   flops_per_token = model.forward_flops_per_token(max(prompt_buckets) + max_new_tokens)
+  finish = "finish/"
   return {
-    **totals,
-    "finish_reasons": dict(sorted(finish_reasons.items())),
+    **{name: total for name, total in totals.items() if not name.startswith(finish)},
+    "finish_reasons": {
+      name.removeprefix(finish): totals[name] for name in sorted(totals) if name.startswith(finish)
+    },
     "flops": (totals["tokens"] + totals["prompt_tokens"]) * flops_per_token,
   }
 

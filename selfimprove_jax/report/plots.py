@@ -32,7 +32,7 @@ _ROLES = (
   *(f"part-{part}" for part in FLOP_PARTS),
 )
 # Nothing of matplotlib's own is drawn in these near-blacks.
-_PLACEHOLDER = {role: f"#0a0b{16 + index:02x}" for index, role in enumerate(_ROLES)}
+PLACEHOLDER = {role: f"#0a0b{16 + index:02x}" for index, role in enumerate(_ROLES)}
 _MARKERS = {
   "baseline": "o",
   "sbp": "s",
@@ -54,7 +54,7 @@ def loss_curves(arms: dict[str, Any]) -> str:
     lows, highs = [], []
     for name in names:
       curve = arms[name].get("curve") or []
-      colour = _PLACEHOLDER[fmt.arm_role(name, names)]
+      colour = PLACEHOLDER[fmt.arm_role(name, names)]
       for key, style in (("train_loss", "--"), ("validation_loss", "-")):
         points = [(p["tokens"], p[key]) for p in curve if p.get(key) is not None]
         if not points:
@@ -71,7 +71,7 @@ def loss_curves(arms: dict[str, Any]) -> str:
           marker=_marker(name) if solid else None,
           markevery=[len(x) - 1],
           markersize=4.5,
-          markerfacecolor=_PLACEHOLDER["paper"] if name == "baseline_all_in" else colour,
+          markerfacecolor=PLACEHOLDER["paper"] if name == "baseline_all_in" else colour,
         )
         lows.append(y.min())
         highs.append(np.quantile(y, 0.85) if len(y) > 4 else y.max())
@@ -80,10 +80,10 @@ def loss_curves(arms: dict[str, Any]) -> str:
       low, high = min(lows), max(highs)
       axes.set_ylim(low - 0.06 * (high - low + 0.1), high + 0.12 * (high - low + 0.1))
     axes.set_xlim(left=0)
-    _label(axes, "training tokens", "nats per token")
+    labelled(axes, "training tokens", "nats per token")
     axes.xaxis.set_major_formatter(lambda number, _: fmt.short(number, pad=False))
 
-  return _svg("curves", 3.4, "Loss of every arm over its training", draw)
+  return svg("curves", 3.4, "Loss of every arm over its training", draw)
 
 
 def arm_points(arms: dict[str, Any]) -> str:
@@ -97,9 +97,9 @@ def arm_points(arms: dict[str, Any]) -> str:
       _point(axes, row, name, names, estimate["value"], _Z * estimate["stderr"])
       _row_label(axes, row, f"{fmt.fixed(estimate['value'])}")
     _rows(axes, [arms[name]["label"] for name in names])
-    _label(axes, "held-out nats per token (95% over documents)", None)
+    labelled(axes, "held-out nats per token (95% over documents)", None)
 
-  return _svg("arms", _rows_height(len(names)), "Held-out loss of every arm", draw)
+  return svg("arms", _rows_height(len(names)), "Held-out loss of every arm", draw)
 
 
 def differences(rows: list[tuple[str, str, dict[str, Any]]], arm_order: list[str]) -> str:
@@ -111,9 +111,9 @@ def differences(rows: list[tuple[str, str, dict[str, Any]]], arm_order: list[str
 
   def draw(figure):
     axes = figure.subplots()
-    axes.axvline(0, color=_PLACEHOLDER["muted"], linewidth=0.9)
+    axes.axvline(0, color=PLACEHOLDER["muted"], linewidth=0.9)
     for row, (name, _, difference) in enumerate(rows):
-      colour = _PLACEHOLDER[fmt.arm_role(name, arm_order)]
+      colour = PLACEHOLDER[fmt.arm_role(name, arm_order)]
       axes.plot(difference["interval"], [row, row], color=colour, linewidth=1.2)
       axes.plot(
         difference["document_interval"], [row, row], color=colour, linewidth=4.5, alpha=0.45
@@ -123,9 +123,9 @@ def differences(rows: list[tuple[str, str, dict[str, Any]]], arm_order: list[str
     _rows(axes, [label for _, label, _ in rows])
     gap = "\N{NO-BREAK SPACE}" * 4
     better, worse = "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}"
-    _label(axes, f"{better}{gap}nats per token{gap}{worse}", None)
+    labelled(axes, f"{better}{gap}nats per token{gap}{worse}", None)
 
-  return _svg("differences", _rows_height(len(rows)), "Paired differences between arms", draw)
+  return svg("differences", _rows_height(len(rows)), "Paired differences between arms", draw)
 
 
 def flops_bars(arms: dict[str, Any]) -> str:
@@ -145,8 +145,8 @@ def flops_bars(arms: dict[str, Any]) -> str:
             width,
             left=left,
             height=0.58,
-            color=_PLACEHOLDER[f"part-{part}"],
-            edgecolor=_PLACEHOLDER["paper"],
+            color=PLACEHOLDER[f"part-{part}"],
+            edgecolor=PLACEHOLDER["paper"],
             linewidth=0.8,
           )
         left += width
@@ -154,9 +154,9 @@ def flops_bars(arms: dict[str, Any]) -> str:
     axes.set_xlim(0, max(totals) * 1.02 or 1)
     _rows(axes, [arms[name]["label"] for name in names])
     axes.xaxis.set_major_formatter(lambda number, _: fmt.short(number, pad=False))
-    _label(axes, "FLOPs, all-in", None)
+    labelled(axes, "FLOPs, all-in", None)
 
-  return _svg("flops", _rows_height(len(names)), "Where the FLOPs went", draw)
+  return svg("flops", _rows_height(len(names)), "Where the FLOPs went", draw)
 
 
 def similarity_histogram(similarities: list[float], *, role: str = "arm-sbp") -> str:
@@ -170,13 +170,13 @@ def similarity_histogram(similarities: list[float], *, role: str = "arm-sbp") ->
       counts,
       width=np.diff(edges),
       align="edge",
-      color=_PLACEHOLDER[role],
-      edgecolor=_PLACEHOLDER["paper"],
+      color=PLACEHOLDER[role],
+      edgecolor=PLACEHOLDER["paper"],
       linewidth=0.8,
     )
-    _label(axes, "similarity of d1 and d2 (cosine)", "pairs")
+    labelled(axes, "similarity of d1 and d2 (cosine)", "pairs")
 
-  return _svg("similarities", 2.5, "Histogram of the similarity of pairs", draw)
+  return svg("similarities", 2.5, "Histogram of the similarity of pairs", draw)
 
 
 def _marker(name: str) -> str:
@@ -184,7 +184,7 @@ def _marker(name: str) -> str:
 
 
 def _point(axes, row: int, name: str, names: list[str], centre: float, half: float | int) -> None:
-  colour = _PLACEHOLDER[fmt.arm_role(name, names)]
+  colour = PLACEHOLDER[fmt.arm_role(name, names)]
   if half:
     axes.plot([centre - half, centre + half], [row, row], color=colour, linewidth=1.4)
   hollow = name == "baseline_all_in"
@@ -194,7 +194,7 @@ def _point(axes, row: int, name: str, names: list[str], centre: float, half: flo
     marker=_marker(name),
     markersize=6,
     color=colour,
-    markerfacecolor=_PLACEHOLDER["paper"] if hollow else colour,
+    markerfacecolor=PLACEHOLDER["paper"] if hollow else colour,
     markeredgewidth=1.4,
   )
 
@@ -206,7 +206,7 @@ def _rows_height(num_rows: int) -> float:
 def _rows(axes, labels: list[str]) -> None:
   axes.set_yticks(range(len(labels)), ["\n".join(_two_lines(label)) for label in labels])
   axes.set_ylim(len(labels) - 0.4, -0.6)
-  axes.tick_params(axis="y", length=0, labelcolor=_PLACEHOLDER["ink"])
+  axes.tick_params(axis="y", length=0, labelcolor=PLACEHOLDER["ink"])
   axes.spines["left"].set_visible(False)
   axes.grid(False, axis="y")
   axes.grid(True, axis="x")
@@ -224,24 +224,24 @@ def _row_label(axes, row: int, text: str) -> None:
     transform=axes.get_yaxis_transform(),
     va="center",
     ha="left",
-    color=_PLACEHOLDER["ink"],
+    color=PLACEHOLDER["ink"],
   )
 
 
-def _label(axes, x: str, y: str | None) -> None:
+def labelled(axes, x: str, y: str | None) -> None:
   axes.set_xlabel(x)
   if y:
-    axes.set_title(y, loc="left", fontsize=9, color=_PLACEHOLDER["muted"])
+    axes.set_title(y, loc="left", fontsize=9, color=PLACEHOLDER["muted"])
 
 
-def _svg(name: str, height: float, title: str, draw: Callable[[Any], None]) -> str:
+def svg(name: str, height: float, title: str, draw: Callable[[Any], None]) -> str:
   import io
 
   import matplotlib
   from matplotlib.backends.backend_svg import FigureCanvasSVG
   from matplotlib.figure import Figure
 
-  ink, muted, rule = (_PLACEHOLDER[role] for role in ("ink", "muted", "rule"))
+  ink, muted, rule = (PLACEHOLDER[role] for role in ("ink", "muted", "rule"))
   style = {
     "svg.hashsalt": name,
     "svg.fonttype": "none",
@@ -288,7 +288,7 @@ def _for_page(svg: str, *, name: str, title: str) -> str:
   )
   rest = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", rest)
   rest = re.sub(r"font-family: [^;\"]*;? ?", "", rest)
-  for role, colour in _PLACEHOLDER.items():
+  for role, colour in PLACEHOLDER.items():
     rest = rest.replace(colour, f"var(--{role})")
   rest = re.sub(r">\s+<", "><", rest)
   label = fmt.escape(title)

@@ -9,7 +9,7 @@ Axis letters: Q seeds (queries), C targets (database), M neighbours.
 
 import collections
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -77,23 +77,14 @@ def make_pairs(
   """
   _check_same_length("seed", len(neighbors.ids_QM), seed_ids, seed_texts, seed_lengths)
   _check_same_length("target", len(target_ids), target_texts, target_lengths)
-  if not 0 <= min_similarity < 1:
-    raise ValueError(f"min_similarity={min_similarity}: it is in [0, 1)")
-  if not 0 <= max_jaccard <= 1:
-    raise ValueError(f"max_jaccard={max_jaccard}: it is in [0, 1]")
-  if shingle_size < 1 or max_uses_per_target < 1 or max_pairs_per_seed < 1:
-    raise ValueError(
-      f"shingle_size={shingle_size}, max_uses_per_target={max_uses_per_target} and "
-      f"max_pairs_per_seed={max_pairs_per_seed}: each is at least 1"
-    )
-
-  @functools.cache  # as arrays: a set of Python integers is ten times as large
-  def shingle_array(text: str) -> np.ndarray:
-    return np.fromiter(shingles.word_shingles(text, shingle_size), np.uint64)
-
-  def overlap(a: str, b: str) -> float:
-    return shingles.jaccard(*(frozenset(shingle_array(text).tolist()) for text in (a, b)))
-
+  _check_thresholds(
+    min_similarity=min_similarity,
+    max_jaccard=max_jaccard,
+    shingle_size=shingle_size,
+    max_uses_per_target=max_uses_per_target,
+    max_pairs_per_seed=max_pairs_per_seed,
+  )
+  overlap = _shingle_overlap(shingle_size)
   uses_of_seed = collections.Counter()
   uses_of_target = collections.Counter()
   counts = dict.fromkeys(
@@ -135,6 +126,28 @@ def make_pairs(
       )
     )
   return [pair for _, pair in sorted(kept, key=lambda item: item[0])], counts
+
+
+def _check_thresholds(*, min_similarity, max_jaccard, **at_least_1):
+  if not 0 <= min_similarity < 1:
+    raise ValueError(f"min_similarity={min_similarity}: it is in [0, 1)")
+  if not 0 <= max_jaccard <= 1:
+    raise ValueError(f"max_jaccard={max_jaccard}: it is in [0, 1]")
+  if min(at_least_1.values()) < 1:
+    given = ", ".join(f"{name}={value}" for name, value in at_least_1.items())
+    raise ValueError(f"{given}: each is at least 1")
+
+
+def _shingle_overlap(size: int) -> Callable[[str, str], float]:
+  """Jaccard's similarity of two texts' shingles; those of a text are made once."""
+
+  @functools.cache  # as arrays: a set of Python integers is ten times as large
+  def shingle_array(text: str) -> np.ndarray:
+    return np.fromiter(shingles.word_shingles(text, size), np.uint64)
+
+  return lambda a, b: shingles.jaccard(
+    *(frozenset(shingle_array(text).tolist()) for text in (a, b))
+  )
 
 
 def random_pairs(

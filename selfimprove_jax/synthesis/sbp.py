@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from selfimprove_jax.data.tokenizer import Tokenizer
-from selfimprove_jax.sampling.engine import Completion
+from selfimprove_jax.sampling.requests import Completion
 
 
 def seed_index(record: int, *, num_documents: int, seed: int) -> int:
@@ -40,6 +40,7 @@ def synthetic_record(
     "seed_text": seed_document["text"] if seed_document else None,
     "text": tokenizer.decode(completion.tokens),
     "finish_reason": completion.finish_reason,
+    "error": completion.error,
     "num_prompt_tokens": len(prompt),
     "num_tokens": len(completion.tokens),
   }

@@ -15,38 +15,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from selfimprove_jax import storage
+from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.training.train_step import TrainState
 
 _logger = logging.getLogger(__name__)
-
-
-class DamagedCheckpointError(RuntimeError):
-  """A checkpoint can't be read, or does not hold what was saved."""
-
-
-def checksums(tree: Any) -> dict[str, int]:
-  """Path -> 32-bit checksum of each leaf's bits and their places, however it is sharded."""
-  sums = _leaf_checksums(tree)
-  return {jax.tree_util.keystr(path): int(value) for path, value in jax.tree.leaves_with_path(sums)}
-
-
-@jax.jit
-def _leaf_checksums(tree):
-  def checksum(x):
-    bits = x
-    if x.dtype not in (jnp.int32, jnp.uint32):
-      bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    bits = bits.astype(jnp.uint32)
-    place = jnp.uint32(1)
-    for axis, size in enumerate(x.shape):
-      place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    # Mixed before they are summed: in a plain weighted sum two flipped sign bits cancel out.
-    mixed = bits * jnp.uint32(0x9E3779B1) + place * jnp.uint32(0x85EBCA6B)
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-      mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
-
-  return jax.tree.map(checksum, tree)
 
 
 class Checkpoints:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from selfimprove_jax import partitioning, xla_options
 from selfimprove_jax.models.llama import Llama, output_head
+from selfimprove_jax.models.params import init_params
 from selfimprove_jax.training import losses
 from selfimprove_jax.training.optimizer import SkipSpikesState
 
@@ -31,12 +32,6 @@ class TrainState:
   step: Any
   params: Any
   opt_state: Any
-
-
-def init_params(model: Llama, key: jax.Array) -> Any:
-  """Parameters with their logical axis names (Flax boxes)."""
-  tokens_BT = jnp.zeros((1, 2), jnp.int32)
-  return model.init(key, tokens_BT, tokens_BT)["params"]
 
 
 def state_shardings(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -101,16 +96,6 @@ def abstract_state(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     jax.eval_shape(make, jax.random.key(0)),
     state_shardings(model, tx, mesh),
-  )
-
-
-def abstract_params(model: Llama, mesh: Mesh) -> Any:
-  """Shapes, dtypes and shardings of the parameters, with nothing allocated."""
-  boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    nn.unbox(boxed),
-    partitioning.param_shardings(boxed, mesh),
   )
 
 

@@ -11,7 +11,7 @@ from selfimprove_jax import partitioning
 from selfimprove_jax.data import packing, rows, tokenizer
 from selfimprove_jax.evaluation import perplexity
 from selfimprove_jax.models import llama
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.params import init_params
 
 TEXTS = ["A café.", "x", "One two three, four.", "日本", "The last one is the longest of them."]
 SEQ_LEN = 48
@@ -40,7 +40,7 @@ def model(words):
 
 @pytest.fixture(scope="module")
 def params(model):
-  params = jax.jit(functools.partial(train_step.init_params, model))(jax.random.key(0))
+  params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
   return jax.tree.map(
     lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), nn.unbox(params)
   )

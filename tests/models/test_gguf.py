@@ -8,8 +8,9 @@ import torch
 
 from selfimprove_jax import partitioning
 from selfimprove_jax.models import gguf as gguf_models
-from selfimprove_jax.models.llama import Llama, RopeScaling, rope_frequencies
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.llama import Llama
+from selfimprove_jax.models.params import abstract_params
+from selfimprove_jax.models.rope import RopeScaling, rope_frequencies
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -83,7 +84,7 @@ def _write(path, arch, tensors, *, quantization="F32", **metadata):
 def _load(path, mesh, **changes):
   config = gguf_models.read_config(path)
   config = type(config)(**{**vars(config), "dtype": "float32", **changes})
-  abstract = train_step.abstract_params(Llama(config), mesh)
+  abstract = abstract_params(Llama(config), mesh)
   return config, gguf_models.load_params(path, config=config, abstract=abstract)
 
 

@@ -14,7 +14,7 @@ import torch
 from selfimprove_jax import partitioning
 from selfimprove_jax.models import hf, hf_config
 from selfimprove_jax.models.llama import Llama
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.params import abstract_params
 
 T = 20
 # Documents of each row: alone after padding, alone before it, three packed with padding behind.
@@ -44,7 +44,7 @@ def _batch():
 def _load(folder, mesh, **changes):
   config = hf_config.read_config(folder)
   config = type(config)(**{**vars(config), "dtype": "float32", **changes})
-  abstract = train_step.abstract_params(Llama(config), mesh)
+  abstract = abstract_params(Llama(config), mesh)
   return config, hf.load_params(folder, config=config, abstract=abstract)
 
 
@@ -89,7 +89,7 @@ def test_devices_get_their_shards_whatever_files_hold_them(hf_model, tmp_path, o
   mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
   _, whole = _load(folder, one_device_mesh)
   config, params = _load(tmp_path, mesh)
-  expected = train_step.abstract_params(Llama(config), mesh)
+  expected = abstract_params(Llama(config), mesh)
 
   def compare(whole, sharded, leaf):
     assert sharded.sharding == leaf.sharding

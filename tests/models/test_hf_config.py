@@ -5,7 +5,8 @@ import json
 import pytest
 
 from selfimprove_jax.models import hf_config
-from selfimprove_jax.models.llama import LlamaConfig, RopeScaling
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.models.rope import RopeScaling
 
 # Llama 3.1's and Qwen2.5's own files, as transformers 4 wrote them.
 LLAMA = {

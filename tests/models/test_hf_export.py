@@ -15,8 +15,9 @@ import torch
 from selfimprove_jax import partitioning
 from selfimprove_jax.data import tokenizer as tokenizers
 from selfimprove_jax.models import hf_export
-from selfimprove_jax.models.llama import Llama, LlamaConfig, RopeScaling
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.llama import Llama, LlamaConfig
+from selfimprove_jax.models.params import abstract_params
+from selfimprove_jax.models.rope import RopeScaling
 
 OURS = LlamaConfig(
   vocab_size=96,
@@ -45,7 +46,7 @@ def _random_params(config, mesh):
     values = (centre + 0.2 * r.normal(size=leaf.shape)).astype(leaf.dtype)
     return jax.device_put(values, leaf.sharding)
 
-  return jax.tree.map_with_path(make, train_step.abstract_params(Llama(config), mesh))
+  return jax.tree.map_with_path(make, abstract_params(Llama(config), mesh))
 
 
 def _save(folder, params, config, **options):
@@ -134,7 +135,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 from selfimprove_jax import distributed, partitioning
 from selfimprove_jax.models import hf_export
-from selfimprove_jax.training import params_checkpoint, pretrained
+from selfimprove_jax.models import params_checkpoint, pretrained
+from selfimprove_jax.models.params import init_params
 index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 distributed.initialize(coordinator=f"localhost:{port}", num_processes=2, process_id=index,
                        connect_seconds=60, heartbeat_seconds=60, hang_seconds=60)
@@ -173,7 +175,7 @@ import os, sys
 from safetensors import numpy as st
 from selfimprove_jax.models import hf_export
 from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.params import init_params
 import flax.linen as nn, jax
 
 save, saved = st.save_file, []
@@ -184,7 +186,7 @@ def dying(*arguments, **options):
     os._exit(9)
 st.save_file = dying
 config = LlamaConfig(96, 3, 32, 48, 4, 2, 16)
-params = nn.unbox(train_step.init_params(Llama(config), jax.random.key(0)))
+params = nn.unbox(init_params(Llama(config), jax.random.key(0)))
 hf_export.save_pretrained(sys.argv[1], params, config, tokenizer=None, generation=None,
                           max_positions=64, dtype="float32", max_shard_bytes=10_000)
 """

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfimprove_jax.models import llama
+from selfimprove_jax.models import llama, unrolled
 
 CONFIG = llama.LlamaConfig(
   vocab_size=48,
@@ -164,21 +164,30 @@ def test_a_token_has_no_influence_on_other_documents_nor_on_its_past():
     assert not moved[1].any()
 
 
-def test_prefill_and_decode_give_the_logits_of_the_full_pass_for_ragged_rows():
-  model, params = llama.Llama(CONFIG), {"params": _params(CONFIG)}
+@pytest.mark.parametrize(
+  "whole", [True, False], ids=["cache_of_the_prompts_length", "longer_cache"]
+)
+def test_prefill_and_decode_give_the_logits_of_the_full_pass_for_ragged_rows(
+  whole, one_device_mesh
+):
   r = np.random.default_rng(0)
   length = 10
   tokens = jnp.array(r.integers(0, CONFIG.vocab_size, (3, length)), jnp.int32)
   positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (3, length))
-  full = jax.jit(model.apply)(params, tokens, positions)[0]
+  full = jax.jit(llama.Llama(CONFIG).apply)({"params": _params(CONFIG)}, tokens, positions)[0]
 
+  model = llama.Llama(unrolled.unroll_config(CONFIG))
+  params = {"params": unrolled.unroll_params(_params(CONFIG), CONFIG, one_device_mesh)}
   prompt_lengths, prefix = np.array([1, 4, 6]), 6
   apply = jax.jit(lambda *args: model.apply(params, *args[:2], cache=args[2]))
   # What stands beyond a prompt's end is written to the cache too, and must not be seen.
   junk = jnp.array(r.integers(0, CONFIG.vocab_size, (3, prefix)), jnp.int32)
   prompts = jnp.where(np.arange(prefix)[None] < prompt_lengths[:, None], tokens[:, :prefix], junk)
-  cache = llama.init_cache(CONFIG, 3, length)
+  cache = llama.init_cache(CONFIG, 3, prefix if whole else length)
   logits, cache = apply(prompts, positions[:, :prefix], cache)
+  if whole:  # as the engine does it: filled by itself, then put into the slots' cache
+    more = ((0, 0), (0, 0), (0, length - prefix), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(x, more), cache)
   for row, n in enumerate(prompt_lengths):
     np.testing.assert_allclose(logits[row, :n], full[row, :n], atol=1e-5)
   for step in range(length - prefix):
@@ -189,9 +198,16 @@ def test_prefill_and_decode_give_the_logits_of_the_full_pass_for_ragged_rows():
 
 
 def test_a_cache_and_segments_together_are_refused():
+  model = llama.Llama(unrolled.unroll_config(CONFIG))
   with pytest.raises(ValueError, match="segments or a cache"):
+    model.init(jax.random.key(0), *_packed(), llama.init_cache(CONFIG, 2, T))
+
+
+def test_a_cache_of_a_model_that_is_not_unrolled_is_refused():
+  tokens, positions, _ = _packed()
+  with pytest.raises(ValueError, match="a cache needs an unrolled model"):
     llama.Llama(CONFIG).apply(
-      {"params": _params(CONFIG)}, *_packed(), llama.init_cache(CONFIG, 2, T)
+      {"params": _params(CONFIG)}, tokens, positions, cache=llama.init_cache(CONFIG, 2, T)
     )
 
 

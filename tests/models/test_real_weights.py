@@ -15,8 +15,8 @@ import torch
 
 from selfimprove_jax.data import tokenizer as tokenizers
 from selfimprove_jax.models import gguf as gguf_models
+from selfimprove_jax.models import pretrained
 from selfimprove_jax.models.llama import Llama
-from selfimprove_jax.training import pretrained
 
 
 @functools.partial(jax.jit, static_argnames="config")

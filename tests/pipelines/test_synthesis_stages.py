@@ -9,7 +9,7 @@ from selfimprove_jax.data import rows, tokenizer
 from selfimprove_jax.pipelines import stages, synthesis_stages
 from selfimprove_jax.pipelines.stages import Stage
 from selfimprove_jax.progress import Progress
-from selfimprove_jax.sampling.engine import Completion
+from selfimprove_jax.sampling.requests import Completion
 
 _WORDS = [f"{a}{b}" for a in "bdfgklmn" for b in ("an", "ero", "ist", "ule")]
 _MODEL = dict(
@@ -21,7 +21,7 @@ _SAMPLE = dict(
   max_shards=10,
   mesh=dict(data=1, fsdp=-1, tensor=1),
   sampling=dict(temperature=1.0, top_k=0, top_p=1.0),
-  batch_size=4,
+  num_slots=4,
   prompt_buckets=[64],
   max_new_tokens=20,
   seed=3,
@@ -62,11 +62,16 @@ def sampled(monkeypatch):
     def __init__(self, *_, **__):
       pass
 
-    def generate(self, prompts, *, seed, record_ids, on_batch):
-      numbers.extend(record_ids)
-      for prompt, number in zip(prompts, record_ids):
-        tokens = [20 + (number * 7 + i + len(prompt)) % 200 for i in range(10 + number % 3)]
-        yield Completion(tokens, "stop" if number % 2 else "length")
+    def stats(self):
+      return {"stop": 1}
+
+    def stream(self, requests, *, on_tokens):
+      for place, request in enumerate(requests):
+        number, length = request.record_id, len(request.prompt)
+        numbers.append(number)
+        tokens = [20 + (number * 7 + i + length) % 200 for i in range(10 + number % 3)]
+        on_tokens(len(tokens))
+        yield place, Completion(tokens, "stop" if number % 2 else "length")
 
   monkeypatch.setattr(synthesis_stages, "load_model", lambda artifact, mesh: (None, None))
   monkeypatch.setattr(synthesis_stages, "Engine", Engine)
@@ -125,7 +130,7 @@ def test_shards_that_are_there_are_not_sampled_again(run_folder, sampled):
 
 
 def test_too_few_shards_for_the_target_are_refused_with_what_there_is(run_folder, sampled):
-  with pytest.raises(ValueError, match=r"2 shards of 4 documents hold 87 tokens.*max_shards"):
+  with pytest.raises(ValueError, match=r"2 shards \(8 documents\) hold 87 tokens.*max_shards"):
     _sample(run_folder, max_shards=2)
 
 

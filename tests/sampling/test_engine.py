@@ -1,3 +1,6 @@
+"""The engine on tiny random models: what a request gives, whatever is sampled beside it."""
+
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -7,14 +10,21 @@ import numpy as np
 import pytest
 
 from selfimprove_jax import partitioning
+from selfimprove_jax.data import tokenizer as tokenizer_lib
 from selfimprove_jax.models import llama
-from selfimprove_jax.sampling import engine, sampler
-from selfimprove_jax.training import train_step
+from selfimprove_jax.models.params import init_params
+from selfimprove_jax.sampling import engine as engine_lib
+from selfimprove_jax.sampling import programs
+from selfimprove_jax.sampling.engine import Engine
+from selfimprove_jax.sampling.requests import Request
+from selfimprove_jax.sampling.sampler import SamplingConfig
+from selfimprove_jax.training import losses
 
-EOS, PAD, MAX_NEW = 3, 0, 6
-BUCKETS = (4, 8)
+SLOTS, WINDOW, V = 4, 40, 336
+GREEDY = SamplingConfig(temperature=0.0)
+# Untied, so that a token whose embedding is no number is one in prompts alone.
 CONFIG = llama.LlamaConfig(
-  vocab_size=32,
+  vocab_size=V,
   num_layers=2,
   embed_dim=16,
   mlp_dim=32,
@@ -25,144 +35,514 @@ CONFIG = llama.LlamaConfig(
   dtype="float32",
 )
 MODEL = llama.Llama(CONFIG)
-GREEDY = sampler.SamplingConfig(temperature=0.0)
-DRAWN = sampler.SamplingConfig(temperature=1.0, top_p=0.95)
 
 
 @functools.cache
 def _params():
-  """Embeddings as large as what the layers add, so that greedy completions differ."""
-  params = nn.unbox(jax.jit(functools.partial(train_step.init_params, MODEL))(jax.random.key(0)))
-  return params | {"embedding_VD": 50 * params["embedding_VD"]}
-
-
-@functools.cache
-def _engine(mesh, sampling=DRAWN, batch_size=4, buckets=BUCKETS):
-  return engine.Engine(
-    MODEL,
-    jax.device_put(_params(), partitioning.replicated(mesh)),
-    mesh,
-    sampling=sampling,
-    eos_id=EOS,
-    pad_id=PAD,
-    batch_size=batch_size,
-    prompt_buckets=buckets,
-    max_new_tokens=MAX_NEW,
-  )
-
-
-def _prompts(count=11):
-  """Of both buckets, mixed."""
-  r = np.random.default_rng(0)
-  return [r.integers(4, 32, r.integers(1, 9)).tolist() for _ in range(count)]
+  """Embeddings as large as what the layers add, and a head so large that tokens are unlike."""
+  params = nn.unbox(jax.jit(functools.partial(init_params, MODEL))(jax.random.key(0)))
+  return params | {
+    "embedding_VD": 50 * params["embedding_VD"],
+    "head_DV": 2 * params["head_DV"],
+  }
 
 
 @pytest.fixture(scope="module")
-def completions(one_device_mesh):
-  prompts = _prompts()
-  return _engine(one_device_mesh).generate(prompts, seed=5, record_ids=range(len(prompts)))
+def tokenizer() -> tokenizer_lib.Tokenizer:
+  return tokenizer_lib.train_bpe(["the cat sat on the mat, red green blue"] * 3, vocab_size=300)
 
 
-def test_a_completion_ends_before_the_end_of_sequence_or_at_the_most_tokens(completions):
-  for completion in completions:
-    assert EOS not in completion.tokens
-    if completion.finish_reason == "length":
-      assert len(completion.tokens) == MAX_NEW
-    else:
-      assert completion.finish_reason == "stop"
-      assert len(completion.tokens) < MAX_NEW
-  assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+@pytest.fixture(scope="module")
+def make_engine(one_device_mesh, tokenizer):
+  def make(params=None, mesh=one_device_mesh, config=CONFIG, **options):
+    options = {
+      "eos_ids": (tokenizer.eos_id,),
+      "pad_id": tokenizer.pad_id,
+      "num_slots": SLOTS,
+      "max_length": WINDOW,
+      "decode_text": tokenizer.decode,
+      **options,
+    }
+    params = jax.device_put(_params() if params is None else params, partitioning.replicated(mesh))
+    return Engine(llama.Llama(config), params, mesh, **options)
+
+  return make
 
 
-def test_a_completion_depends_on_neither_order_nor_batch_mates(one_device_mesh, completions):
-  prompts, sampled = _prompts(), _engine(one_device_mesh)
-  order = np.random.default_rng(1).permutation(len(prompts)).tolist()
-  shuffled = sampled.generate([prompts[i] for i in order], seed=5, record_ids=order)
-  assert shuffled == [completions[i] for i in order]
-  for i in (0, 7):
-    assert sampled.generate([prompts[i]], seed=5, record_ids=[i]) == [completions[i]]
+@pytest.fixture(scope="module")
+def engine(make_engine) -> Engine:
+  """One for most tests, so that each begins after the requests of others."""
+  return make_engine()
 
 
-def test_seed_and_record_id_choose_the_draw(one_device_mesh, completions):
-  sampled = _engine(one_device_mesh)
-  prompt = next(p for p, c in zip(_prompts(), completions) if c.finish_reason == "length")
-  draws = {
-    (seed, record): tuple(sampled.generate([prompt], seed=seed, record_ids=[record])[0].tokens)
-    for seed in (0, 1)
-    for record in (0, 1, 2**32 - 1)
-  }
-  assert len(set(draws.values())) == 6
-  twice = sampled.generate([prompt] * 2, seed=0, record_ids=[1, 1])
-  assert tuple(twice[0].tokens) == tuple(twice[1].tokens) == draws[0, 1]
+def _prompt(length, seed=0):
+  return np.random.default_rng([length, seed]).integers(4, 300, length).tolist()
 
 
-def test_a_mesh_gives_the_completions_of_one_device(completions):
-  mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
-  prompts = _prompts()
-  found = _engine(mesh).generate(prompts, seed=5, record_ids=range(len(prompts)))
-  assert found == completions
+def _requests(**options):
+  """More than slots, of three buckets, and one of a single token."""
+  lengths = [5, 1, 17, 9, 30, 12, 16, 2, 22]
+  options = {"max_new_tokens": 8, "seed": 5, **options}
+  return [
+    Request(prompt=_prompt(length), record_id=record, **options)
+    for record, length in enumerate(lengths)
+  ]
 
 
-def test_greedy_completions_are_the_teacher_forced_argmax_of_the_model(one_device_mesh):
-  prompts = _prompts()
-  greedy = _engine(one_device_mesh, GREEDY)
-  found = greedy.generate(prompts, seed=0, record_ids=range(len(prompts)))
-  apply = jax.jit(MODEL.apply)
-  for prompt, completion in zip(prompts, found, strict=True):
-    tokens = [*prompt, *completion.tokens]
-    if completion.finish_reason == "stop":
-      tokens.append(EOS)
-    row = jnp.array([tokens + [PAD] * (16 - len(tokens))], jnp.int32)
-    logits, _ = apply({"params": _params()}, row, jnp.arange(16, dtype=jnp.int32)[None])
-    predicted = np.argmax(logits[0], axis=-1)
-    assert predicted[len(prompt) - 1 : len(tokens) - 1].tolist() == tokens[len(prompt) :]
-  assert len({tuple(completion.tokens) for completion in found}) > 3
+@pytest.fixture(scope="module")
+def completions(engine):
+  return engine.generate(_requests())
 
 
-def test_it_compiles_once_for_each_bucket_that_occurs(one_device_mesh):
-  fresh = _engine(one_device_mesh, GREEDY, buckets=(8, 4, 500))
-  assert fresh.num_compilations == 0
-  for length in (1, 2, 4, 3):
-    fresh.generate([[5] * length] * length, seed=length, record_ids=range(length))
-  assert fresh.num_compilations == 1
-  for lengths in ((5, 1, 8), (2, 6), (4, 7) * 9):
-    prompts = [[6] * length for length in lengths]
-    fresh.generate(prompts, seed=0, record_ids=range(len(prompts)))
-  assert fresh.num_compilations == 2
+@functools.partial(jax.jit, static_argnames="config")
+def _forward(params, tokens_BT, config):
+  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+  model = llama.Llama(config)
+  hidden = model.apply({"params": params}, tokens_BT, positions_BT, logits=False)[0]
+  head_VD = llama.output_head(params).astype(hidden.dtype)
+  logits = jnp.einsum("BTD,VD->BTV", hidden, head_VD, preferred_element_type=jnp.float32)
+  return logits, losses.next_token_nll(hidden, head_VD, tokens_BT)
 
 
-def test_progress_is_told_after_every_batch(one_device_mesh, completions):
-  told = []
-  prompts = _prompts()
-  _engine(one_device_mesh).generate(
-    prompts,
-    seed=5,
-    record_ids=range(len(prompts)),
-    on_batch=lambda *numbers: told.append(numbers),
+def _full_pass(requests, completions, config=CONFIG):
+  """Of the stacked model: for each request its logits where each token was drawn, and the
+  trainer's loss of each."""
+  rows = [[*r.prompt, *c.tokens] for r, c in zip(requests, completions, strict=True)]
+  tokens = np.zeros((9, WINDOW), np.int32)  # always as many, to compile once
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)] = row
+  logits, nll = map(np.asarray, _forward(_params(), tokens, config))
+  spans = [slice(len(r.prompt), len(row)) for r, row in zip(requests, rows)]
+  return [(logits[i, span.start - 1 : span.stop - 1], nll[i, span]) for i, span in enumerate(spans)]
+
+
+# What is drawn.
+
+
+def test_greedy_completions_are_the_teacher_forced_argmax_of_the_stacked_model(engine):
+  requests = _requests(sampling=GREEDY)
+  found = engine.generate(requests)
+  for (logits, _), completion in zip(_full_pass(requests, found), found, strict=True):
+    assert completion.tokens == np.argmax(logits, axis=-1).tolist()
+  assert len({tuple(completion.tokens) for completion in found}) == len(found)
+  assert len({token for completion in found for token in completion.tokens}) > 15
+
+
+def test_logprobs_are_the_trainers_and_the_likeliest_are_those_of_the_full_pass(engine):
+  requests = [
+    dataclasses.replace(request, top_logprobs=top)
+    for request, top in zip(_requests(sampling=SamplingConfig(temperature=0.7)), [0, 3, 20] * 3)
+  ]
+  found = engine.generate(requests)
+  for request, completion, (logits, nll) in zip(requests, found, _full_pass(requests, found)):
+    values = np.array([entry.logprob for entry in completion.logprobs])
+    np.testing.assert_allclose(values, -nll, atol=1e-5)
+    expected = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    for row, entry, token in zip(expected, completion.logprobs, completion.tokens):
+      assert entry.logprob == pytest.approx(row[token], abs=1e-5)
+      likeliest = np.argsort(-row, kind="stable")[: request.top_logprobs]
+      assert [token for token, _ in entry.top] == likeliest.tolist()
+      np.testing.assert_allclose([value for _, value in entry.top], row[likeliest], atol=1e-5)
+  assert engine.generate(_requests()[:1])[0].logprobs is None
+
+
+def test_in_bfloat16_logprobs_are_the_trainers_to_within_its_rounding(make_engine):
+  config = dataclasses.replace(CONFIG, dtype="bfloat16")
+  requests = [r for r in _requests(top_logprobs=0) if len(r.prompt) <= 17]  # of one bucket
+  found = make_engine(config=config).generate(requests)
+  values = np.array([[entry.logprob for entry in c.logprobs] for c in found])
+  trainers = -np.array([nll for _, nll in _full_pass(requests, found, config)])
+  exact = -np.array([nll for _, nll in _full_pass(requests, found)])
+  # Logits of standard deviation 2 have steps of 1/64 and are sums of 16 rounded numbers.
+  assert np.abs(values - trainers).max() < 0.2
+  assert np.std(values - trainers) < 0.05
+  assert 1e-3 < np.std(values - exact) < 2 * np.std(trainers - exact)
+
+
+def test_a_temperature_draws_as_often_as_the_full_pass_says(engine):
+  request = Request(
+    prompt=_prompt(5), max_new_tokens=1, sampling=SamplingConfig(temperature=0.8, top_k=5)
   )
-  short = sum(len(prompt) <= BUCKETS[0] for prompt in prompts)
-  assert len(told) == -(-short // 4) + -(-(len(prompts) - short) // 4)
-  assert max(count for count, _ in told) == 4
-  totals = [sum(numbers) for numbers in zip(*told)]
-  assert totals == [len(prompts), sum(len(completion.tokens) for completion in completions)]
+  requests = [dataclasses.replace(request, sample=sample) for sample in range(200)]
+  found = engine.generate(requests)
+  drawn = [completion.tokens[0] for completion in found]
+  logits = _full_pass([request], found[:1])[0][0][0] / 0.8
+  likeliest = np.argsort(-logits)[:5]
+  weights = np.exp(logits[likeliest] - logits.max())
+  counts = np.array([drawn.count(token) for token in likeliest])
+  assert counts.sum() == 200
+  deviation = np.sqrt(200 * weights / weights.sum() * (1 - weights / weights.sum()))
+  assert (np.abs(counts - 200 * weights / weights.sum()) < 4 * deviation + 1).all()
 
 
-def test_nothing_is_made_of_no_prompts(one_device_mesh):
-  assert _engine(one_device_mesh).generate([], seed=0, record_ids=[]) == []
+def test_penalties_count_the_prompt_and_all_tokens_drawn_across_calls(make_engine, engine):
+  c = SamplingConfig(
+    temperature=0.0, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.5
+  )
+  # 20 tokens are more than a call draws; the second repeats what it says, so that counts matter.
+  requests = [Request(prompt=_prompt(n), max_new_tokens=20, sampling=c) for n in (6, 13)]
+  found = engine.generate(requests)
+  for request, completion, (logits, _) in zip(requests, found, _full_pass(requests, found)):
+    for step, row in enumerate(logits):
+      drawn = completion.tokens[:step]
+      row = row.copy()
+      seen = sorted({*request.prompt, *drawn})
+      row[seen] = np.where(row[seen] > 0, row[seen] / 1.4, row[seen] * 1.4)
+      for token in set(drawn):
+        row[token] -= 0.3 + 0.5 * drawn.count(token)
+      assert completion.tokens[step] == np.argmax(row)
+  free = engine.generate([dataclasses.replace(r, sampling=GREEDY) for r in requests])
+  assert [c.tokens for c in free] != [c.tokens for c in found]
 
 
-@pytest.mark.parametrize("length", [0, 9])
-def test_an_empty_or_too_long_prompt_is_refused(one_device_mesh, length):
-  with pytest.raises(ValueError, match=rf"prompt has {length} tokens.*between 1 and 8"):
-    _engine(one_device_mesh).generate([[5], [5] * length], seed=0, record_ids=[0, 1])
+# What it does not depend on.
 
 
-def test_record_ids_must_be_as_many_as_prompts(one_device_mesh):
-  with pytest.raises(ValueError, match="2 prompts, but 3 record_ids"):
-    _engine(one_device_mesh).generate([[5], [6]], seed=0, record_ids=[0, 1, 2])
+def test_a_completion_is_the_same_alone_in_another_order_and_as_a_stream(engine, completions):
+  requests = _requests()
+  for i in (0, 4, 7):
+    assert engine.generate([requests[i]]) == [completions[i]]
+  assert engine.generate(requests[::-1]) == completions[::-1]
+  assert dict(engine.stream(iter(requests))) == dict(enumerate(completions))
+  assert len({tuple(completion.tokens) for completion in completions}) == len(completions)
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_is_refused():
-  mesh = partitioning.make_mesh(data=8, fsdp=1, tensor=1)
-  with pytest.raises(ValueError, match="batch_size=4 does not divide over 8 shards"):
-    _engine(mesh)
+def test_a_completion_is_the_same_beside_requests_that_ask_for_all_else(engine, completions):
+  company = [
+    Request(
+      prompt=_prompt(3 + i),
+      max_new_tokens=1 + 3 * i,
+      seed=99,
+      sample=i,
+      sampling=SamplingConfig(
+        temperature=0.2 + i, top_k=3, top_p=0.8, repetition_penalty=1.2, frequency_penalty=0.1
+      ),
+      min_new_tokens=2,
+      top_logprobs=2,
+    )
+    for i in range(4)
+  ]
+  requests = _requests()
+  mixed = [company[0], requests[3], company[1], requests[0], company[2], company[3], requests[4]]
+  found = engine.generate(mixed)
+  assert [found[i] for i in (1, 3, 6)] == [completions[i] for i in (3, 0, 4)]
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_are_what_each_is_alone(engine):
+  request = Request(prompt=_prompt(11), max_new_tokens=6, seed=2)
+  requests = [dataclasses.replace(request, sample=sample) for sample in range(6)]
+  before = engine.stats()
+  together = engine.generate(requests)
+  now = engine.stats()
+  # All slots are filled by one prefill of ten tokens; the last two are refilled by others.
+  assert now["prompt_tokens"] - before["prompt_tokens"] == 66
+  assert now["prefilled_tokens"] - before["prefilled_tokens"] <= 30
+  assert [engine.generate([r])[0] for r in requests] == together
+  assert len({tuple(completion.tokens) for completion in together}) == 6
+
+
+@pytest.mark.parametrize("name", ["seed", "record_id", "sample"])
+def test_the_seed_the_record_and_the_sample_choose_the_draw_each(engine, completions, name):
+  first = _requests()[0]
+  values = [2**32 - 1, 7] + ([2**32 + 7, 2**64 - 1] if name == "record_id" else [])
+  others = [dataclasses.replace(first, **{name: value}) for value in values]
+  found = [tuple(c.tokens) for c in engine.generate([first, *others])]
+  assert list(found[0]) == completions[0].tokens
+  assert len(set(found)) == len(found)
+
+
+def test_a_mesh_gives_the_completions_of_one_device(make_engine, completions, engine):
+  sharded = make_engine(mesh=partitioning.make_mesh(data=4, fsdp=1, tensor=2))
+  assert sharded.generate(_requests()[:4]) == completions[:4]
+  greedy = _requests(sampling=GREEDY)[:4]
+  assert sharded.generate(greedy) == engine.generate(greedy)
+
+
+def test_shapes_that_follow_the_load_give_the_same_greedy_tokens(make_engine, monkeypatch):
+  monkeypatch.setattr(engine_lib, "_LEAST_CACHE", 8)
+  monkeypatch.setattr(programs, "_PREFILL_TOKENS", 34)  # a prompt each
+  served = make_engine(batch_invariant=False, prompt_buckets=(34,), steps_per_call=4)
+  assert served._cache_length == 8
+  short = Request(prompt=_prompt(5), max_new_tokens=3, sampling=GREEDY)
+  long = Request(prompt=_prompt(35), max_new_tokens=5, sampling=GREEDY)
+  middle = Request(prompt=_prompt(9), max_new_tokens=8, sampling=GREEDY)
+  alone = served.generate([short])
+  assert served._cache_length == 16
+  # The prefills that follow need less, and do not cut the first's short.
+  requests = [long, middle, short]
+  together = served.generate(requests)
+  assert served._cache_length == WINDOW
+  assert alone == together[2:]
+  for (logits, _), completion in zip(_full_pass(requests, together), together, strict=True):
+    assert completion.tokens == np.argmax(logits, axis=-1).tolist()
+  assert served.generate([short]) == alone
+  assert served._cache_length == 16
+
+
+def test_programs_are_as_many_as_buckets_whatever_the_lengths(make_engine):
+  fresh = make_engine()
+  assert fresh.num_compilations == 0
+  for count in (1, 3, 9):
+    for lengths in ([1], [2, 16, 17], [18, 33], [39, 34], [1, 2, 33], range(1, 40, 5)):
+      prompts = [_prompt(length) for length in lengths]
+      fresh.generate(
+        [
+          Request(prompt=prompt, max_new_tokens=1 + sample % 3, sample=sample)
+          for prompt in prompts
+          for sample in range(count)
+        ]
+      )
+  # For each of three buckets two numbers of slots at most; one without a prefill; and one that
+  # draws.
+  assert fresh.num_compilations <= 3 * 2 + 1 + 1
+
+
+# When it ends.
+
+
+def test_a_completion_ends_at_its_own_limit_or_where_the_window_is_full(engine):
+  requests = [
+    Request(prompt=_prompt(n), max_new_tokens=m, ignore_eos=True)
+    for n, m in [(3, 1), (4, 17), (30, 99)]
+  ]
+  found = engine.generate(requests)
+  assert [len(completion.tokens) for completion in found] == [1, 17, 10]
+  assert {completion.finish_reason for completion in found} == {"length"}
+  (whole,) = engine.generate([Request(prompt=_prompt(39), max_new_tokens=5, ignore_eos=True)])
+  assert len(whole.tokens) == 1 and whole.finish_reason == "length"
+
+
+def test_stop_tokens_end_it_and_are_left_out(engine, make_engine, completions):
+  request, whole = _requests()[2], completions[2].tokens
+  at = whole.index(whole[3])
+  (found,) = engine.generate([dataclasses.replace(request, stop_ids=(1, whole[3]))])
+  assert (found.tokens, found.stop) == (whole[:at], whole[3])
+  assert found.finish_reason == "stop"
+  # The end of sequence is one of them, and so is each of several.
+  other = make_engine(eos_ids=(whole[3],))
+  assert other.generate([request]) == [found]
+  (nothing,) = engine.generate([dataclasses.replace(request, stop_ids=(whole[0],))])
+  assert (nothing.tokens, nothing.text, nothing.finish_reason) == ([], "", "stop")
+
+
+def test_no_stop_token_is_drawn_before_the_least_number_nor_an_ignored_end_of_sequence(
+  make_engine,
+):
+  # Tokens of half of the vocabulary end it.
+  request = dataclasses.replace(_requests()[2], max_new_tokens=20)
+  likely = make_engine().generate([request])[0].tokens
+  eos, stop_ids = likely[0], tuple(dict.fromkeys(likely[1:]))[:8]
+  ending = make_engine(eos_ids=(eos,))
+  request = dataclasses.replace(request, stop_ids=stop_ids)
+  requests = [
+    dataclasses.replace(request, min_new_tokens=least, sample=sample)
+    for least in (0, 5, 9)
+    for sample in range(4)
+  ]
+  found = ending.generate(requests)
+  for request_, completion in zip(requests, found):
+    assert len(completion.tokens) >= request_.min_new_tokens
+    assert not {eos, *stop_ids} & set(completion.tokens)
+  assert found[0].tokens == []  # `likely` begins by what ends it
+  endless = dataclasses.replace(requests[0], stop_ids=(), ignore_eos=True)
+  (found,) = ending.generate([endless])
+  assert (len(found.tokens), found.finish_reason) == (20, "length")
+  assert eos not in found.tokens
+
+
+def test_stop_strings_end_it_wherever_tokens_begin_and_the_text_is_cut_before(engine, tokenizer):
+  request = dataclasses.replace(_requests()[3], max_new_tokens=20)
+  (whole,) = engine.generate([request])
+  assert whole.text == tokenizer.decode(whole.tokens)
+  text = whole.text
+  stop = next(
+    text[i : i + 3]
+    for i in range(4, len(text) - 3)
+    if "\N{REPLACEMENT CHARACTER}" not in text[i : i + 3] and text.find(text[i : i + 3]) == i
+  )
+  company = [dataclasses.replace(request, sample=i) for i in (1, 2)]
+  cut, *others = engine.generate(
+    [dataclasses.replace(request, stop_strings=("no such", stop)), *company]
+  )
+  assert (cut.text, cut.stop, cut.finish_reason) == (text[: text.index(stop)], stop, "stop")
+  # Its tokens are all up to the one that made the string whole.
+  assert cut.tokens == whole.tokens[: len(cut.tokens)]
+  assert stop in tokenizer.decode(cut.tokens)
+  assert stop not in tokenizer.decode(cut.tokens[:-1])
+  assert others == engine.generate(company)
+
+
+def test_a_grammar_holds_for_its_own_request_alone(engine, tokenizer, completions):
+  pytest.importorskip("llguidance")
+  from selfimprove_jax.sampling.grammar import GrammarCompiler
+
+  compiler = GrammarCompiler(tokenizer, eos_id=tokenizer.eos_id, vocab_size=V)
+  choices = compiler.choices(["red", "green", "blue mat"])
+  hot = SamplingConfig(temperature=8.0)
+  constrained = [
+    Request(prompt=_prompt(7), max_new_tokens=20, sample=sample, grammar=choices, sampling=hot)
+    for sample in range(8)
+  ]
+  plain = _requests()
+  found = engine.generate([*constrained[:3], *plain[:3], *constrained[3:]])
+  assert found[3:6] == completions[:3]
+  texts = [completion.text for completion in found[:3] + found[6:]]
+  assert set(texts) <= {"red", "green", "blue mat"} and len(set(texts)) > 1
+  assert {completion.finish_reason for completion in found[:3] + found[6:]} == {"stop"}
+  # It may end after the first word, but its end of sequence is never drawn.
+  bound = dataclasses.replace(constrained[0], grammar=compiler.regex("red( red)?"), ignore_eos=True)
+  longer, fine = engine.generate([bound, plain[0]])
+  assert (longer.text, longer.finish_reason) == ("red red", "stop")
+  assert fine == completions[0]
+
+
+# One by one.
+
+
+def test_updates_of_a_request_add_up_to_its_completion(engine, completions):
+  requests = _requests(top_logprobs=1)
+  updates = {}
+  tickets = [
+    engine.submit(request, updates.setdefault(i, []).append) for i, request in enumerate(requests)
+  ]
+  ended = {}
+  while engine.num_running or engine.num_waiting:
+    ended.update(engine.step())
+  assert engine.step() == []
+  assert set(ended) == set(tickets)
+  for i, ticket in enumerate(tickets):
+    completion, parts = ended[ticket], updates[i]
+    assert completion.tokens == completions[i].tokens and completion.text == completions[i].text
+    assert [token for part in parts for token in part.tokens] == completion.tokens
+    assert "".join(part.text for part in parts) == completion.text
+    assert [entry for part in parts for entry in part.logprobs] == completion.logprobs
+    assert [part.completion for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1].completion == completion
+    assert len(parts) > 2 and len(parts[0].tokens) == 1  # the first token comes at once
+
+
+def test_a_cancelled_request_leaves_its_slot_or_the_queue_and_the_others_unharmed(
+  engine, completions
+):
+  requests = _requests()
+  before = engine.stats().get("cancelled", 0)
+  tickets = [engine.submit(request, lambda update: None) for request in requests]
+  ended = dict(engine.step())
+  assert (engine.num_running, engine.num_waiting) == (SLOTS, len(requests) - SLOTS)
+  for i in (1, 3, 6, 8):
+    engine.cancel(tickets[i])
+  assert (engine.num_running, engine.num_waiting) == (SLOTS - 2, len(requests) - SLOTS - 2)
+  while engine.num_running or engine.num_waiting:
+    ended.update(engine.step())
+  engine.cancel(tickets[0])  # it has ended
+  assert ended == {tickets[i]: completions[i] for i in (0, 2, 4, 5, 7)}
+  assert engine.stats()["cancelled"] - before == 4
+
+
+def test_a_record_whose_logits_are_no_numbers_fails_alone_and_leaves_nothing_behind(
+  make_engine, completions
+):
+  poison = 290
+  params = _params()
+  params = params | {"embedding_VD": params["embedding_VD"].at[poison].set(np.nan)}
+  requests = _requests()
+  assert all(poison not in [*r.prompt, *c.tokens] for r, c in zip(requests, completions))
+  broken = [
+    Request(prompt=[*_prompt(20), poison, 5, 6], max_new_tokens=8, record_id=50),
+    Request(prompt=[poison], max_new_tokens=8, record_id=51),
+  ]
+  poisoned = make_engine(params)
+  order = [broken[0], *requests[:2], broken[1], *requests[2:]]
+  found = poisoned.generate(order)
+  for failed in (found[0], found[3]):
+    assert (failed.tokens, failed.finish_reason) == ([], "error")
+    assert "not numbers" in failed.error
+  # Those that follow in the same slots have shorter prompts, so that its keys stand behind theirs.
+  assert [*found[1:3], *found[4:]] == completions
+  assert poisoned.generate(requests) == completions
+  assert poisoned.stats()["error"] == 2
+
+
+def test_requests_are_taken_as_slots_become_free(engine, completions):
+  taken = []
+
+  def endless():
+    while True:
+      for request in _requests():
+        taken.append(request)
+        yield request
+
+  stream = engine.stream(endless())
+  found = {}
+  while len(found) < 12:
+    assert len(taken) <= len(found) + 3 * SLOTS
+    place, completion = next(stream)
+    found[place] = completion
+  stream.close()
+  assert all(completion == completions[place % 9] for place, completion in found.items())
+  assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+def test_progress_is_told_and_counted(engine, completions):
+  told = []
+  before = engine.stats()
+  assert engine.generate(_requests(), on_tokens=told.append) == completions
+  counts = {name: value - before.get(name, 0) for name, value in engine.stats().items()}
+  new_tokens = sum(len(completion.tokens) for completion in completions)
+  assert sum(told) == counts["new_tokens"] == new_tokens
+  assert counts["prompt_tokens"] == sum(len(request.prompt) for request in _requests())
+  assert counts["requests"] == counts["length"] + counts["stop"] == len(completions)
+  assert engine.generate([]) == []
+
+
+_REFUSED = [
+  ({"prompt": []}, r"a prompt has 0 tokens; it must have between 1 and 39"),
+  ({"prompt": [5] * 40}, r"a prompt has 40 tokens; it must have between 1 and 39"),
+  ({"prompt": [5, V]}, rf"a prompt holds token {V}; the model has 0 to {V - 1}"),
+  ({"prompt": [-1]}, r"a prompt holds token -1"),
+  ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
+  ({"min_new_tokens": -1}, r"min_new_tokens=-1 at least 0"),
+  ({"seed": -1}, r"seed=-1; it must be at least 0 and below 2\*\*32"),
+  ({"seed": 2**32}, r"seed=4294967296; .* below 2\*\*32"),
+  ({"record_id": 2**64}, r"record_id=18446744073709551616; .* below 2\*\*64"),
+  ({"sample": 2**32}, r"sample=4294967296; .* below 2\*\*32"),
+  ({"stop_ids": tuple(range(9))}, r"9 stop_ids; at most 8"),
+  ({"top_logprobs": 21}, r"top_logprobs=21; it must be between 0 and 20"),
+  ({"top_logprobs": -1}, r"top_logprobs=-1; it must be between 0 and 20"),
+  ({"stop_strings": ("a", "")}, "stop string"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), _REFUSED)
+def test_a_request_that_can_never_run_is_refused(engine, changes, message):
+  with pytest.raises(ValueError, match=message):
+    engine.submit(Request(**{"prompt": [5], "max_new_tokens": 3, **changes}))
+  assert engine.num_waiting == 0
+
+
+def test_in_a_stream_a_request_that_can_never_run_is_an_error_and_the_others_go_on(
+  engine, completions
+):
+  good = _requests()
+  bad = Request(prompt=[], max_new_tokens=3)
+  found = engine.generate([bad, *good[:5], bad, *good[5:], bad])
+  errors = [found.pop(i) for i in (11, 6, 0)]
+  assert found == completions
+  for error in errors:
+    assert (error.tokens, error.finish_reason) == ([], "error")
+    assert "a prompt has 0 tokens" in error.error
+
+
+def test_stop_strings_need_a_tokenizer_and_without_one_there_is_no_text(make_engine, completions):
+  bare = make_engine(decode_text=None)
+  with pytest.raises(ValueError, match="stop_strings need an engine with a tokenizer"):
+    bare.submit(Request(prompt=[5], max_new_tokens=1, stop_strings=("a",)))
+  (found,) = bare.generate(_requests()[:1])
+  assert found == dataclasses.replace(completions[0], text=None)
+
+
+def test_slots_that_do_not_divide_over_the_mesh_and_a_window_of_one_token_are_refused(make_engine):
+  with pytest.raises(ValueError, match="a batch of 4 rows does not divide over 8 batch shards"):
+    make_engine(mesh=partitioning.make_mesh(data=8, fsdp=1, tensor=1))
+  with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
+    make_engine(max_length=1)

@@ -45,6 +45,7 @@ def test_every_config_is_compiled_here():
     "__init__",
     "parts",
     "paper_scale",
+    "budget_forcing",  # trains nothing
   }
   assert files == {name.partition(":")[0] for name in _PODS}
 
@@ -82,9 +83,29 @@ def test_prefill_and_decode_are_compiled_with_the_cache_in_its_shards():
   programs = json.loads(done.stdout.splitlines()[-1])["programs"]
   assert set(programs) == {"prefill", "decode"}
   assert all(program["fits"] for program in programs.values())
-  model, length = dict(layers=2, kv_heads=1, head_dim=16), programs["decode"]["cache_length"]
-  cache_bytes = 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * length * 4 * 64 / 4
-  assert programs["decode"]["reused_bytes"] >= cache_bytes
+  prefill, decode = programs["prefill"], programs["decode"]
+  # The longest bucket, as many prompts as make a prefill; and a token in each of 64 slots.
+  assert prefill["batch"] == [4, 62] and decode["batch"] == [64, 1]
+  # A host of four chips holds the slots' cache in quarters, and both write over it.
+  layers, kv_heads, head_dim = 2, 1, 16
+  cache_bytes = 2 * layers * kv_heads * head_dim * decode["cache_length"] * 4 * 64 / 4
+  assert decode["mesh"] == prefill["mesh"] == {"data": 4}
+  assert prefill["reused_bytes"] >= cache_bytes and decode["reused_bytes"] >= cache_bytes
+  # Rows that a process samples by itself are on all its chips alike: tokens go to no other chip but
+  # those that were drawn.
+  assert "all-to-all" not in decode["collectives"]
+
+
+@_needs_libtpu
+def test_decode_keeps_no_second_copy_of_the_cache():
+  done = _run(
+    "--config=configs/sbp_3b.py:1t", "--topology=v5p:2x2x1", "--layers=1", "--what=decode"
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  decode = json.loads(done.stdout.splitlines()[-1])["programs"]["decode"]
+  cache_bytes = 2 * 8 * 128 * decode["cache_length"] * 2 * 128 / 4
+  assert decode["reused_bytes"] >= cache_bytes
+  assert decode["temp_bytes"] < cache_bytes / 2
 
 
 @_needs_libtpu

@@ -13,7 +13,7 @@ import safetensors.numpy
 import torch
 
 from selfimprove_jax.data import tokenizer as tokenizers
-from selfimprove_jax.training import pretrained
+from selfimprove_jax.models import pretrained
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

@@ -11,8 +11,9 @@ import jax
 from selfimprove_jax import distributed, partitioning
 from selfimprove_jax.data import mixture, rows
 from selfimprove_jax.models import llama
+from selfimprove_jax.models.checksums import checksums
 from selfimprove_jax.progress import Progress
-from selfimprove_jax.training import checkpoint, loop, preemption
+from selfimprove_jax.training import loop, preemption
 
 SETTINGS: dict  # set by whoever runs this
 
@@ -80,6 +81,6 @@ result = loop.train(
   label="test",
   progress=Progress(quiet=True),
 )
-sums = checkpoint.checksums(result.params)
+sums = checksums(result.params)
 if distributed.is_main():
   (folder / "result.json").write_text(json.dumps({"step": result.step, "checksums": sums}))

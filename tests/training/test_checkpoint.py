@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from selfimprove_jax import partitioning
+from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.training import checkpoint, train_step
 
 
@@ -230,7 +231,7 @@ def test_a_damaged_step_is_reported_and_the_one_before_is_used(
   abstract = setup.abstract(one_device_mesh)
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     if damage is not _swap_optimizer:
-      with pytest.raises(checkpoint.DamagedCheckpointError, match=r"/3 "):
+      with pytest.raises(DamagedCheckpointError, match=r"/3 "):
         checkpoints._restore(3, abstract)
     with caplog.at_level(logging.WARNING, logger=checkpoint.__name__):
       _assert_same_bits(checkpoints.restore_last(abstract), _at(state, 2))
@@ -267,15 +268,15 @@ def test_parameters_that_are_missing_or_damaged_are_refused(
   abstract = setup.abstract(one_device_mesh).params
   with checkpoint.Checkpoints(tmp_path, keep=3) as checkpoints:
     _assert_same_bits(checkpoints.restore_params(2, abstract), _at(state, 2).params)
-    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"/3 is damaged: checksums"):
+    with pytest.raises(DamagedCheckpointError, match=r"/3 is damaged: checksums"):
       checkpoints.restore_params(3, abstract)
-    with pytest.raises(checkpoint.DamagedCheckpointError, match=r"/9 can't be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"/9 can't be read"):
       checkpoints.restore_params(9, abstract)
 
 
 def test_a_checksum_changes_with_every_bit_and_with_the_place_but_not_with_the_sharding():
   x = jnp.arange(16, dtype=jnp.float32).reshape(4, 4)
-  (expected,) = checkpoint.checksums({"x": x}).values()
+  (expected,) = checksums({"x": x}).values()
   changed = [
     x.at[2, 3].set(-x[2, 3]),
     x.at[0, 0].set(-0.0),
@@ -283,12 +284,12 @@ def test_a_checksum_changes_with_every_bit_and_with_the_place_but_not_with_the_s
     x.T,
     x[::-1],
   ]
-  assert expected not in [checkpoint.checksums({"x": y})["['x']"] for y in changed]
+  assert expected not in [checksums({"x": y})["['x']"] for y in changed]
   mesh = partitioning.make_mesh(data=1, fsdp=4, tensor=2)
   spec = jax.sharding.PartitionSpec("fsdp", "tensor")
   sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-  assert checkpoint.checksums({"x": sharded}) == checkpoint.checksums({"x": x})
-  assert checkpoint.checksums({"x": x.astype(jnp.bfloat16), "step": jnp.int32(3)}).keys() == {
+  assert checksums({"x": sharded}) == checksums({"x": x})
+  assert checksums({"x": x.astype(jnp.bfloat16), "step": jnp.int32(3)}).keys() == {
     "['x']",
     "['step']",
   }

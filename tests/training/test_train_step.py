@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from selfimprove_jax import partitioning
+from selfimprove_jax.models.params import abstract_params
 from selfimprove_jax.training import train_step
 
 MESHES = {
@@ -178,7 +179,7 @@ def test_the_abstract_state_describes_the_real_one(make_setup):
 
   state = jax.tree.map(describe, setup.state(mesh))
   assert state == jax.tree.map(describe, setup.abstract(mesh))
-  params = train_step.abstract_params(setup.model, mesh)
+  params = abstract_params(setup.model, mesh)
   assert jax.tree.map(describe, params) == state.params
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from selfimprove_jax import artifacts
-from selfimprove_jax.models import gguf, hf, hf_config
+from selfimprove_jax.models import gguf, hf, hf_config, params_checkpoint
 from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.training import params_checkpoint, train_step
+from selfimprove_jax.models.params import abstract_params
 
 # What the weights were trained for; the other fields of `LlamaConfig` say how to compute.
 _OF_THE_WEIGHTS = (
@@ -96,10 +96,10 @@ def load_pretrained(
 
   Raises:
     ValueError: of `read_config`; or a tensor is missing, too many, of another shape or dtype.
-    checkpoint.DamagedCheckpointError: the orbax folder can't be read, or is not what was saved.
+    DamagedCheckpointError: the orbax folder can't be read, or is not what was saved.
   """
   config = read_config(path, changes=changes)
-  abstract = train_step.abstract_params(Llama(config), mesh)
+  abstract = abstract_params(Llama(config), mesh)
   match kind(path):
     case "gguf":
       params = gguf.load_params(path, config=config, abstract=abstract)

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from selfimprove_jax import partitioning
-from selfimprove_jax.models.llama import Llama, LlamaConfig, RopeScaling
-from selfimprove_jax.training import checkpoint, params_checkpoint, train_step
+from selfimprove_jax.models import params_checkpoint
+from selfimprove_jax.models.checksums import DamagedCheckpointError
+from selfimprove_jax.models.llama import Llama, LlamaConfig
+from selfimprove_jax.models.params import abstract_params, init_params
+from selfimprove_jax.models.rope import RopeScaling
 
 CONFIG = LlamaConfig(
   vocab_size=64,
@@ -25,12 +28,12 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def params():
-  return nn.unbox(train_step.init_params(Llama(CONFIG), jax.random.key(0)))
+  return nn.unbox(init_params(Llama(CONFIG), jax.random.key(0)))
 
 
 def _abstract(config, *, fsdp, tensor):
   mesh = partitioning.make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
-  return train_step.abstract_params(Llama(config), mesh)
+  return abstract_params(Llama(config), mesh)
 
 
 def _save(folder, params, config=CONFIG):
@@ -61,10 +64,10 @@ def test_damage_is_noticed(params, tmp_path):
   value["checksums"]["['embedding_VD']"] ^= 1
   (folder / "model.json").write_text(json.dumps(value))
   abstract = _abstract(CONFIG, fsdp=1, tensor=1)
-  with pytest.raises(checkpoint.DamagedCheckpointError, match="checksums are not those saved"):
+  with pytest.raises(DamagedCheckpointError, match="checksums are not those saved"):
     params_checkpoint.load_params(folder, abstract=abstract)
   shutil.rmtree(folder / "params")
-  with pytest.raises(checkpoint.DamagedCheckpointError, match="can't be read"):
+  with pytest.raises(DamagedCheckpointError, match="can't be read"):
     params_checkpoint.load_params(folder, abstract=abstract)
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from selfimprove_jax import partitioning
 from selfimprove_jax.data import tokenizer as tokenizers
-from selfimprove_jax.models import hf_export
+from selfimprove_jax.models import hf_export, params_checkpoint, pretrained
 from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.training import params_checkpoint, pretrained, train_step
+from selfimprove_jax.models.params import abstract_params, init_params
 
 CONFIG = LlamaConfig(
   vocab_size=64, num_layers=2, embed_dim=32, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8
@@ -16,7 +16,7 @@ CONFIG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def params():
-  return nn.unbox(train_step.init_params(Llama(CONFIG), jax.random.key(0)))
+  return nn.unbox(init_params(Llama(CONFIG), jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_each_kind_of_folder_is_recognised_and_loaded_on_the_mesh(kind, saved, p
   changes = {"dtype": "float32", "param_dtype": "bfloat16", "dropout_rate": 0.1}
   config, loaded = pretrained.load_pretrained(saved / kind, mesh, changes=changes)
   assert config == LlamaConfig(**{**vars(CONFIG), **changes})
-  expected = train_step.abstract_params(Llama(config), mesh)
+  expected = abstract_params(Llama(config), mesh)
 
   def compare(x, leaf, saved_leaf):
     assert (x.dtype, x.sharding) == (leaf.dtype, leaf.sharding)

@@ -19,9 +19,9 @@ import orbax.checkpoint as ocp
 
 from selfimprove_jax import artifacts, distributed
 from selfimprove_jax.models import hf
+from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.hf_config import read_json
 from selfimprove_jax.models.llama import LlamaConfig
-from selfimprove_jax.training.checkpoint import DamagedCheckpointError, checksums
 
 MODEL_FILE = "model.json"
 _PARAMS = "params"

@@ -1,0 +1,252 @@
+import collections
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from selfimprove_jax.language_models.chat_api import Prices
+from selfimprove_jax.language_models.protocol import Usage
+from selfimprove_jax.language_models.store import Answer, BudgetError, CallStore
+from selfimprove_jax.language_models.throttle import Limits
+
+ANSWER = Answer("text", "stop", Usage(10, 5), 0.25)
+CHILD = """
+import sys
+from selfimprove_jax.language_models import TextRequest
+from selfimprove_jax.language_models.chat_api import Prices
+from selfimprove_jax.language_models.endpoint import Endpoint
+from selfimprove_jax.language_models.store import CallStore
+from selfimprove_jax.language_models.throttle import Limits
+
+url, path, num, concurrent = sys.argv[1:]
+model = Endpoint(
+  url, "some-model", store=CallStore(path, max_usd=None), prices=Prices(1.0, 2.0),
+  api_key_env=None, limits=Limits(max_concurrent=int(concurrent)),
+)
+messages = lambda i: [{"role": "user", "content": str(i)}]
+requests = (TextRequest(prompt=messages(i), id=str(i), max_tokens=100) for i in range(int(num)))
+for reply in model.generate(requests):
+  print(reply.id, flush=True)
+"""
+
+
+def test_an_answer_is_found_again_by_another_process_of_the_same_file(tmp_path):
+  store = CallStore(tmp_path / "calls.sqlite", max_usd=1.0)
+  call = store.begin("k", model="m", most_usd=0.5)
+  assert store.find("k") is None
+  assert store.paid(call, ANSWER) == ANSWER
+  store.close()
+  again = CallStore(tmp_path / "calls.sqlite", max_usd=1.0)
+  assert again.find("k") == ANSWER
+  totals = again.totals()
+  assert (totals.paid_calls, totals.prompt_tokens, totals.completion_tokens) == (1, 10, 5)
+  assert (totals.paid_usd, totals.uncertain_usd, totals.estimated_calls) == (0.25, 0.0, 0)
+  again.close()
+
+
+def test_of_two_answers_to_one_key_the_first_is_kept_and_both_are_paid_for(store):
+  calls = [store.begin("k", model="m", most_usd=0.5) for _ in range(2)]
+  store.paid(calls[0], ANSWER)
+  assert store.paid(calls[1], Answer("other", "stop", Usage(1, 1), 0.25)).text == "text"
+  assert store.totals().paid_usd == 0.5
+
+
+def test_the_cap_counts_what_is_spent_and_the_most_that_is_under_way(tmp_path):
+  store = CallStore(tmp_path / "calls.sqlite", max_usd=1.0)
+  first = store.begin("a", model="m", most_usd=0.6)
+  with pytest.raises(BudgetError, match="cap of 1 USD") as error:
+    store.begin("b", model="m", most_usd=0.5)
+  assert error.value.calls_under_way
+  store.paid(first, ANSWER)
+  second = store.begin("b", model="m", most_usd=0.75)
+  store.not_billed(second)
+  third = store.begin("c", model="m", most_usd=0.75)
+  store.lost(third)
+  with pytest.raises(BudgetError) as error:
+    store.begin("d", model="m", most_usd=1e-9)
+  assert not error.value.calls_under_way
+  assert (store.totals().paid_usd, store.totals().uncertain_usd) == (0.25, 0.75)
+  store.close()
+  # A call of a process that was killed stays too, and a higher cap makes room.
+  again = CallStore(tmp_path / "calls.sqlite", max_usd=2.0)
+  again.begin("e", model="m", most_usd=1.0)
+  again.close()
+  killed = CallStore(tmp_path / "calls.sqlite", max_usd=2.0)
+  assert killed.totals().uncertain_calls == 2
+  with pytest.raises(BudgetError):
+    killed.begin("f", model="m", most_usd=0.1)
+  killed.close()
+
+
+def test_sums_of_many_small_prices_are_exact(tmp_path):
+  store = CallStore(tmp_path / "calls.sqlite", max_usd=1e-6)
+  for _ in range(10):
+    store.paid(store.begin("k", model="m", most_usd=1e-7), Answer("", "stop", Usage(1, 0), 1e-7))
+  with pytest.raises(BudgetError):
+    store.begin("k", model="m", most_usd=1e-9)
+  store.close()
+
+
+def test_a_negative_cap_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="max_usd is -1"):
+    CallStore(tmp_path / "calls.sqlite", max_usd=-1.0)
+
+
+def test_many_threads_of_two_stores_never_pass_the_cap(tmp_path):
+  stores = [CallStore(tmp_path / "calls.sqlite", max_usd=0.5) for _ in range(2)]
+  refused = []
+
+  def work(n):
+    try:
+      call = stores[n % 2].begin(f"k{n}", model="m", most_usd=0.05)
+    except BudgetError:
+      refused.append(n)
+    else:
+      stores[n % 2].paid(call, Answer("t", "stop", Usage(1, 1), 0.05))
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(work, range(40)))
+  assert (stores[0].totals().paid_calls, len(refused)) == (10, 30)
+  for store in stores:
+    store.close()
+
+
+def test_a_request_is_paid_once_however_often_it_is_asked(server, make_model, ask, says, store):
+  server.behave = lambda call: says("well", wait=0.05)
+  model = make_model()
+  replies = list(model.generate(ask("same", id=str(i)) for i in range(20)))
+  assert [reply.id for reply in replies] == [str(i) for i in range(20)]
+  assert len(server.calls) == 1
+  assert [reply.cached for reply in replies] == [False] + [True] * 19
+  assert {reply.cost_usd for reply in replies} == {20e-6}
+  [again] = make_model().generate([ask("same")])
+  assert again.cached and again.text == "well" and len(server.calls) == 1
+  # Other parameters, another sample, another model: other requests.
+  others = [ask("same", sample=1), ask("same", temperature=0.5), ask("same", max_tokens=7)]
+  list(model.generate(others))
+  list(make_model(identity="another").generate([ask("same")]))
+  assert len(server.calls) == 5
+
+
+def test_a_killed_run_loses_nothing_it_was_given_and_pays_for_no_answer_twice(
+  server, make_model, says, store, ask, tmp_path
+):
+  num, concurrent = 60, 4
+  server.behave = lambda call: says(f"{call.asked}!", wait=0.03)
+  command = [sys.executable, "-c", CHILD, server.url, str(store.path), str(num), str(concurrent)]
+  child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  handed_on = [child.stdout.readline().strip() for _ in range(15)]
+  child.send_signal(signal.SIGKILL)
+  handed_on += child.stdout.read().split()
+  child.wait()
+  child.stdout.close()
+  assert "" not in handed_on and len(handed_on) < num
+  asked_before = {call.asked for call in server.calls}
+  kept = store.totals().paid_calls
+  assert kept >= len(handed_on)
+
+  replies = list(make_model().generate(ask(str(i)) for i in range(num)))
+  assert [reply.text for reply in replies] == [f"{i}!" for i in range(num)]
+  counts = collections.Counter(call.asked for call in server.calls)
+  twice = {asked for asked, count in counts.items() if count > 1}
+  assert not twice & set(handed_on)
+  # Only what was under way when it died can have been paid for unseen, and the ledger says so.
+  totals = store.totals()
+  assert len(twice) <= totals.uncertain_calls <= concurrent
+  assert totals.paid_calls == num and sum(r.cached for r in replies) == kept
+  assert twice <= asked_before
+  assert totals.paid_usd + totals.uncertain_usd >= len(server.calls) * 20e-6
+
+
+def test_the_hard_cap_is_never_passed_and_what_was_paid_is_kept(
+  server, make_model, ask, says, tmp_path
+):
+  # Prompts of 1 token a byte at most and completions of 100 tokens at 2 USD a million.
+  server.behave = lambda call: says("x", tokens=(20, 100), wait=0.01)
+  store = CallStore(tmp_path / "capped.sqlite", max_usd=0.005)
+  model = make_model(store=store, limits=Limits(max_concurrent=32))
+  replies = []
+  with pytest.raises(BudgetError, match=r"cap of 0.005 USD"):
+    for reply in model.generate(ask(str(i)) for i in range(500)):
+      replies.append(reply)
+  spent = len(server.calls) * 220e-6
+  assert 0.004 < spent <= 0.005
+  model.close()
+  assert store.totals().paid_usd == pytest.approx(spent)
+  store.close()
+  more = CallStore(tmp_path / "capped.sqlite", max_usd=0.01)
+  asked = [call.asked for call in server.calls]
+  assert {reply.id for reply in replies} <= set(asked)
+  again = make_model(store=more)
+  assert all(reply.cached for reply in again.generate(map(ask, asked)))
+  assert len(server.calls) == len(asked)
+  again.close()
+  more.close()
+
+
+def test_a_call_that_does_not_fit_waits_for_those_under_way(
+  server, make_model, ask, says, tmp_path
+):
+  server.behave = lambda call: says("x", tokens=(1, 1), wait=0.1)
+  store = CallStore(tmp_path / "capped.sqlite", max_usd=0.0003)  # one at a time fits
+  model = make_model(store=store)
+  assert len(list(model.generate(ask(str(i)) for i in range(5)))) == 5
+  assert server.most_at_once == 1
+  model.close()
+  store.close()
+
+
+def test_calls_whose_answer_is_lost_count_at_the_most_they_may_cost(
+  server, make_model, ask, said, says, store
+):
+  server.behave = lambda call: {
+    "cut": said({"choices": []}),
+    "refused": said({}, status=400),
+    "busy": said({}, status=429),
+    "well": says("y"),
+  }[call.asked]
+  model = make_model()
+  list(model.generate(map(ask, ["cut", "refused", "busy", "well"])))
+  totals = store.totals()
+  most = model.api.prices.usd(model.api.most_usage(ask("cut")))
+  assert totals.uncertain_calls == 3  # as many attempts
+  assert totals.uncertain_usd == pytest.approx(3 * most)
+  assert (totals.paid_calls, totals.paid_usd) == (1, 20e-6)
+
+
+def test_tokens_are_counted_here_where_the_endpoint_does_not_say(
+  server, make_model, ask, says, store
+):
+  server.behave = lambda call: says("eight characters", tokens=None)
+  [reply] = make_model(count_tokens=lambda text: len(text.split())).generate([ask("two words")])
+  assert reply.usage == Usage(2 + 32, 2, estimated=True)
+  assert reply.cost_usd == pytest.approx(38e-6)
+  assert store.totals().estimated_calls == 1
+
+
+def test_the_estimate_leaves_out_what_is_there_and_what_is_asked_twice(server, make_model, ask):
+  model = make_model(count_tokens=len, prices=Prices(2.0, 10.0))
+  list(model.generate([ask("old")]))
+  estimate = model.estimate([ask("old"), ask("new"), ask("new"), ask("also")])
+  assert (estimate.num_requests, estimate.num_cached) == (4, 2)
+  assert estimate.prompt_tokens == 3 + 4 + 2 * 32
+  assert estimate.most_completion_tokens == 200
+  assert estimate.prompt_usd == pytest.approx(71 * 2e-6)
+  assert estimate.most_usd == pytest.approx(71 * 2e-6 + 200 * 10e-6)
+  assert len(server.calls) == 1
+
+
+def test_threads_that_ask_the_same_at_once_wait_for_one_call(server, make_model, ask, says):
+  server.behave = lambda call: says("well", wait=0.1)
+  model = make_model()
+  threads = [threading.Thread(target=lambda: list(model.generate([ask()]))) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(server.calls) == 1
+  assert os.path.exists(model.store.path)

@@ -1,0 +1,140 @@
+import pytest
+
+from selfimprove_jax.language_models import TextRequest, structured
+from selfimprove_jax.language_models.throttle import Limits
+
+SCHEMA = {
+  "type": "object",
+  "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+  "required": ["name", "age"],
+}
+GOOD = '{"name": "Ada", "age": 36}'
+VALUE = {"name": "Ada", "age": 36}
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    GOOD,
+    f"  {GOOD}\n",
+    f"```json\n{GOOD}\n```",
+    f"Here it is:\n```\n{GOOD}\n```\nAnything else?",
+    f"Sure! {GOOD} I hope that helps {{really}}.",
+    f"[sic] {GOOD}",
+  ],
+)
+def test_a_value_is_found_with_words_around_it(text, ask):
+  assert structured.read(ask(json_schema=SCHEMA), text) == (VALUE, None)
+
+
+@pytest.mark.parametrize(
+  ("text", "problem"),
+  [
+    ("", "it is not JSON"),
+    ("I can't.", "it is not JSON"),
+    ('{"name": "Ada", "age": 3', "it is not JSON"),
+    ('{"name": "Ada"}', "at $: 'age' is a required property"),
+    ('{"name": "Ada", "age": -1}', "at $.age: -1 is less than the minimum of 0"),
+  ],
+)
+def test_what_is_wrong_is_said(text, problem, ask):
+  value, said = structured.read(ask(json_schema=SCHEMA), text)
+  assert value is None and problem in said
+
+
+@pytest.mark.parametrize("text", ["yes", " yes\n", '{"choice": "yes"}', '```\n{"choice":"yes"}```'])
+def test_a_choice_may_stand_alone_or_in_an_object(text, ask):
+  assert structured.read(ask(choices=["yes", "no"]), text) == ("yes", None)
+
+
+def test_another_choice_is_a_problem(ask):
+  for text in ("maybe", '{"choice": "maybe"}', "yes or no"):
+    assert structured.read(ask(choices=["yes", "no"]), text)[0] is None
+
+
+def test_the_endpoint_is_asked_to_keep_to_the_schema(server, make_model, ask, says):
+  server.behave = lambda call: says(GOOD)
+  [reply] = make_model().generate([ask(json_schema=SCHEMA)])
+  assert (reply.parsed, reply.text, reply.error) == (VALUE, GOOD, None)
+  form = server.calls[0].body["response_format"]
+  assert form["type"] == "json_schema" and form["json_schema"]["schema"] == SCHEMA
+
+
+def test_an_endpoint_that_takes_no_schemas_is_told_in_words(server, make_model, ask, says, said):
+  refusal = said({"error": "unknown field"}, status=400)
+  server.behave = lambda call: refusal if "response_format" in call.body else says(GOOD)
+  model = make_model(limits=Limits(max_concurrent=1))
+  replies = list(model.generate(ask(str(i), json_schema=SCHEMA) for i in range(3)))
+  assert [reply.parsed for reply in replies] == [VALUE] * 3
+  assert '"minimum": 0' in server.calls[1].asked and server.calls[1].asked.startswith("0\n")
+  assert len(server.calls) == 1 + 3  # the refusal is remembered
+  assert len({call.headers["idempotency-key"] for call in server.calls}) == 4
+  # What is in the store does not depend on how it was asked.
+  [again] = make_model().generate([ask("0", json_schema=SCHEMA)])
+  assert again.cached and len(server.calls) == 4
+
+
+def test_a_request_that_is_refused_for_another_reason_is_no_sign_against_schemas(
+  server, make_model, ask, says, said
+):
+  refusal = said({"error": "too long"}, status=400)
+  server.behave = lambda call: refusal if call.asked.startswith("bad") else says(GOOD)
+  model = make_model(limits=Limits(max_concurrent=1))
+  bad, good = model.generate([ask("bad", json_schema=SCHEMA), ask("x", json_schema=SCHEMA)])
+  assert "too long" in bad.error and good.parsed == VALUE
+  assert "response_format" in server.calls[-1].body
+
+
+def test_a_reply_that_is_not_valid_is_repaired_in_another_turn(server, make_model, ask, says):
+  bad = '{"name": "Ada"}'
+  server.behave = lambda call: says(bad if call.number == 0 else GOOD)
+  model = make_model()
+  [reply] = model.generate([ask("who?", json_schema=SCHEMA)])
+  assert (reply.parsed, reply.error, reply.cached) == (VALUE, None, False)
+  assert (reply.usage.prompt_tokens, reply.cost_usd) == (20, 40e-6)  # of both turns
+  first, answer, repair = server.calls[1].body["messages"]
+  assert first["content"] == "who?" and answer == {"role": "assistant", "content": bad}
+  assert "'age' is a required property" in repair["content"]
+  [again] = model.generate([ask("who?", json_schema=SCHEMA)])
+  assert again.cached and again.parsed == VALUE and len(server.calls) == 2
+
+
+def test_a_repair_that_fails_leaves_what_was_said_and_paid(server, make_model, ask, says, said):
+  server.behave = lambda call: says("no") if call.number == 0 else said({}, status=500)
+  [reply] = make_model().generate([ask(json_schema=SCHEMA)])
+  assert (reply.text, reply.cost_usd, reply.parsed) == ("no", 20e-6, None)
+  assert "not JSON" in reply.error and "500" in reply.error and len(server.calls) == 4
+
+
+def test_repairs_are_bounded_and_the_text_is_kept(server, make_model, ask, says):
+  server.behave = lambda call: says(f"no {call.number}")
+  [reply] = make_model(max_repairs=2).generate([ask(json_schema=SCHEMA)])
+  assert len(server.calls) == 3
+  assert (reply.text, reply.parsed) == ("no 2", None) and "not JSON" in reply.error
+
+
+def test_a_reply_cut_at_its_length_is_not_repaired(server, make_model, ask, says):
+  server.behave = lambda call: says('{"name": "A', reason="length")
+  [reply] = make_model().generate([ask(json_schema=SCHEMA)])
+  assert "cut at max_tokens=100" in reply.error and len(server.calls) == 1
+
+
+def test_a_choice_is_given_as_it_is(server, make_model, ask, says):
+  server.behave = lambda call: says('{"choice": "no"}')
+  [reply] = make_model().generate([ask(choices=["yes", "no"])])
+  assert reply.parsed == "no"
+  schema = server.calls[0].body["response_format"]["json_schema"]["schema"]
+  assert schema["properties"]["choice"]["enum"] == ["yes", "no"]
+
+
+def test_what_is_no_schema_and_a_schema_for_a_bare_text_fail_that_request_alone(
+  server, make_model, ask
+):
+  requests = [
+    ask(json_schema={"type": "thing"}),
+    TextRequest(prompt="once", max_tokens=3, json_schema=SCHEMA),
+    ask("fine"),
+  ]
+  replies = list(make_model().generate(requests))
+  assert "no JSON schema" in replies[0].error and "bare text" in replies[1].error
+  assert replies[2].text == "fine!" and len(server.calls) == 1
