@@ -12,6 +12,7 @@ A shard is a file or a folder (a zarr array). It is written and read as local fi
 store those are copies, and what was written is uploaded when it is whole.
 """
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -20,7 +21,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from selfimprove_jax import storage
@@ -191,6 +192,8 @@ class Writer:
       self._journal = {name: entry for name, entry in shards.items() if name not in damaged}
       storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
       manifest_path.unlink()
+      for name in damaged:
+        storage.remove(self.folder / name)
     return damaged
 
   def has(self, name: str) -> bool:
@@ -219,27 +222,38 @@ class Writer:
         counts["records"] = 1
 
   def contribute_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-    """Writes a shard of which this process alone has the records; `take_in` makes it count.
+    """Writes a shard of which this process alone has the records, or nothing if it is there.
 
-    All processes of a job contribute, each its own shards; then all take each of them in.
+    It is no part of the artefact until the process that writes that takes it in.
     """
-    self.write_jsonl(name, records)
+    if not self.has_contributed(name):
+      with self._told_of_full_disk(name), storage.replacing(self.folder / name) as path:
+        _write_jsonl(path, records)
 
-  def take_in(self, name: str) -> None:
-    """Makes a contributed shard one of the artefact's."""
-    if name in self._journal:
-      return
-    path = self.folder / name
-    counts = {"records": sum(1 for _ in _read_jsonl(path))}
-    entry = {"bytes": storage.num_bytes(path), "sha256": storage.sha256(path), **counts}
-    storage.append_line(self.folder / _JOURNAL, _journal_lines({name: entry})[name], key=name)
-    self._journal[name] = entry
+  def has_contributed(self, name: str) -> bool:
+    """Whether a contributed shard is there: what appears is whole."""
+    return self.has(name) if name in self._journal else (self.folder / name).exists()
 
-  def discard(self, name: str) -> None:
-    """Removes a contributed shard, if it is there."""
-    (self.folder / name).unlink(missing_ok=True)
-    if self._journal.pop(name, None):
-      storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
+  def take_in(
+    self, name: str, *, count: Callable[[dict[str, Any]], Mapping[str, int]]
+  ) -> dict[str, int]:
+    """Makes a contributed shard one of the artefact's; gives its counts.
+
+    Args:
+      count: what a record adds to the counts, beside 1 to `records`.
+    """
+    if name not in self._journal:
+      path, counts = self.folder / name, collections.Counter()
+      for record in _read_jsonl(path):
+        counts.update(records=1, **count(record))
+      self._enter(name, _entry(path, counts))
+    return self.counts(name)
+
+  def discard_contributed(self) -> None:
+    """Removes contributed shards that were not taken in."""
+    for path in self.folder.glob("*.jsonl"):
+      if path.name not in (*self._journal, _JOURNAL):
+        path.unlink()
 
   @contextlib.contextmanager
   def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
@@ -250,12 +264,20 @@ class Writer:
         not appear, and the same run goes on from there once there is room.
     """
     counts = {"records": 0}
-    try:
+    with self._told_of_full_disk(name):
       with storage.replacing(self.folder / name) as temporary:
         yield temporary, counts
-        size, checksum = storage.num_bytes(temporary), storage.sha256(temporary)
-        entry = {"bytes": size, "sha256": checksum, **counts}
-      storage.append_line(self.folder / _JOURNAL, _journal_lines({name: entry})[name], key=name)
+        entry = _entry(temporary, counts)
+      self._enter(name, entry)
+
+  def _enter(self, name, entry):
+    storage.append_line(self.folder / _JOURNAL, _journal_lines({name: entry})[name], key=name)
+    self._journal[name] = entry
+
+  @contextlib.contextmanager
+  def _told_of_full_disk(self, name):
+    try:
+      yield
     except Exception as error:
       if not isinstance(error, OSError) and not _tells_of_full_disk(error):
         raise
@@ -263,7 +285,6 @@ class Writer:
         f"could not write shard {name} of {self.folder}: {error}. Shards before it are kept: if "
         f"the disk is full make room, and run the same command again"
       ) from error
-    self._journal[name] = entry
 
   def finish(self, summary: dict[str, Any] | None = None) -> Artifact:
     """Writes the manifest, with which the artefact is complete."""
@@ -300,17 +321,6 @@ class Follower(Writer):
     made_here = self._scratch / name
     return _read_jsonl(made_here if made_here.exists() else self.folder / name)
 
-  def contribute_jsonl(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-    if not self.has(name):
-      with storage.replacing(self.folder / name) as path:
-        _write_jsonl(path, records)
-
-  def take_in(self, name: str) -> None:
-    """Nothing: another does."""
-
-  def discard(self, name: str) -> None:
-    """Nothing: another does."""
-
   @contextlib.contextmanager
   def shard(self, name: str) -> Iterator[tuple[pathlib.Path, dict[str, int]]]:
     counts = {"records": 0}
@@ -333,6 +343,10 @@ def _read_jsonl(path: storage.Path) -> Iterator[dict[str, Any]]:
   with path.open("rb") as file:
     for line in file:
       yield json.loads(line)
+
+
+def _entry(path: pathlib.Path, counts: Mapping[str, int]) -> dict[str, Any]:
+  return {"bytes": storage.num_bytes(path), "sha256": storage.sha256(path), **counts}
 
 
 def _write_jsonl(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> int:

@@ -6,6 +6,8 @@ processes. The engine has begun with a process's next shard while the last texts
 """
 
 import collections
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from selfimprove_jax.pipelines.stages import Context
 from selfimprove_jax.progress import Bar
 from selfimprove_jax.sampling.engine import Engine
 from selfimprove_jax.sampling.requests import Completion, Request
+from selfimprove_jax.training import preemption
 
 MakeRecord = Callable[[int, int, Request, Completion], dict[str, Any]]
 """(shard, place in it, request, completion) -> record, with `num_tokens` and `finish_reason`."""
@@ -42,28 +45,39 @@ def write_shards(
 
   Raises:
     ValueError: `max_shards` hold fewer tokens.
+    preemption.Preempted: SIGTERM came; whole shards are kept.
   """
+  writer = context.writer
   totals: collections.Counter[str] = collections.Counter()
   index, count = jax.process_index(), jax.process_count()
-  mine = (s for s in range(index, max_shards, count) if not context.writer.has(_name(s)))
-  with context.progress.track(target_tokens, label=context.name, unit="tokens") as bar:
-    sampled = _Sampled(make_engine, requests, mine, bar)
+  mine = (s for s in range(index, max_shards, count) if not writer.has_contributed(_name(s)))
+
+  def leave_if_asked(round_number: int) -> None:
+    if preemption.requested(round_number):
+      raise preemption.Preempted(f"{context.name}: stopped, whole shards are kept")
+
+  with (
+    context.progress.track(target_tokens, label=context.name, unit="tokens") as bar,
+    contextlib.closing(_Sampled(make_engine, requests, mine, bar)) as sampled,
+  ):
+    if count == 1:  # several look up together, between shards
+      sampled.on_call = lambda: leave_if_asked(0)
     for first in range(0, max_shards, count):
+      leave_if_asked(first // count)
       if first + index < max_shards:
         own = first + index
-        context.writer.contribute_jsonl(_name(own), sampled.records(own, make_record))
+        writer.contribute_jsonl(_name(own), sampled.records(own, make_record))
       distributed.barrier("shards are sampled")
       for shard in range(first, min(first + count, max_shards)):
-        if totals["tokens"] < target_tokens:
-          context.writer.take_in(_name(shard))
-        else:
-          context.writer.discard(_name(shard))
-          continue
-        distributed.barrier("a shard is taken in")
-        _add(totals, context.writer.read_jsonl(_name(shard)))
+        take_in = functools.partial(writer.take_in, _name(shard), count=_counts)
+        totals.update(distributed.from_main(take_in))
+        if totals["tokens"] >= target_tokens:
+          break
       if totals["tokens"] >= target_tokens:
         break
-    sampled.close()
+  if distributed.is_main():
+    writer.discard_contributed()
+  totals["documents"] = totals.pop("records", 0)
   if totals["tokens"] < target_tokens:
     raise ValueError(
       f"{max_shards} shards ({totals['documents']} documents) hold {totals['tokens']} tokens, "
@@ -76,12 +90,12 @@ def _name(shard: int) -> str:
   return f"{shard:05d}.jsonl"
 
 
-def _add(totals, records):
-  for record in records:
-    totals["documents"] += 1
-    totals["tokens"] += record["num_tokens"]
-    totals["prompt_tokens"] += record["num_prompt_tokens"]
-    totals[f"finish/{record['finish_reason']}"] += 1
+def _counts(record: dict[str, Any]) -> dict[str, int]:
+  return {
+    "tokens": record["num_tokens"],
+    "prompt_tokens": record["num_prompt_tokens"],
+    f"finish/{record['finish_reason']}": 1,
+  }
 
 
 class _Sampled:
@@ -99,6 +113,7 @@ class _Sampled:
     self._begun: dict[int, Sequence[Request]] = {}
     self._ended: dict[int, dict[int, Completion]] = collections.defaultdict(dict)
     self._stream: Iterator[tuple[int, Completion]] | None = None
+    self.on_call: Callable[[], None] = lambda: None
 
   def records(self, shard: int, make_record: MakeRecord) -> Iterator[dict[str, Any]]:
     """The records of a shard; the shards before it must have been asked for, or be there."""
@@ -123,6 +138,7 @@ class _Sampled:
       counts = engine.stats()
       reasons = {name: counts[name] for name in ("stop", "length", "error") if name in counts}
       self._bar.update(num_tokens, **reasons)
+      self.on_call()
 
     return engine.stream(self._all_requests(), on_tokens=on_tokens)
 

@@ -1,6 +1,7 @@
 """Sampling in shards until there is enough, and rows of what passes the filters."""
 
 import random
+import shutil
 
 import pytest
 
@@ -10,6 +11,7 @@ from selfimprove_jax.pipelines import stages, synthesis_stages
 from selfimprove_jax.pipelines.stages import Stage
 from selfimprove_jax.progress import Progress
 from selfimprove_jax.sampling.requests import Completion
+from selfimprove_jax.training import preemption
 
 _WORDS = [f"{a}{b}" for a in "bdfgklmn" for b in ("an", "ero", "ist", "ule")]
 _MODEL = dict(
@@ -127,6 +129,34 @@ def test_shards_that_are_there_are_not_sampled_again(run_folder, sampled):
   _sample(run_folder)
   assert sampled == [4, 5, 6, 7]
   assert {path.name: path.read_bytes() for path in artifact.folder.glob("*.jsonl")} == whole
+
+
+def test_sigterm_ends_sampling_within_a_shard_and_those_before_it_are_kept(
+  run_folder, sampled, monkeypatch
+):
+  with monkeypatch.context() as patch, pytest.raises(preemption.Preempted, match="143"):
+    patch.setattr(preemption, "requested", lambda step: len(sampled) == 6)
+    _sample(run_folder)
+  assert sampled == list(range(6))
+  sampled.clear()
+  assert _sample(run_folder).summary["documents"] == 12
+  assert sampled == list(range(4, 12))
+
+
+def test_shards_of_other_processes_are_taken_in_and_those_beyond_the_target_removed(
+  run_folder, sampled
+):
+  written = _sample(run_folder)
+  folder = run_folder / "others"
+  folder.mkdir()
+  for name in ("00001.jsonl", "00007.jsonl"):  # as they lie there when the job is killed
+    shutil.copy(written.folder / "00001.jsonl", folder / name)
+  sampled.clear()
+  artifact = _sample(run_folder, "others")
+  assert sampled == [0, 1, 2, 3, 8, 9, 10, 11]
+  assert artifact.summary == written.summary
+  assert sorted(artifact.shards) == ["00000.jsonl", "00001.jsonl", "00002.jsonl"]
+  assert not (folder / "00007.jsonl").exists()
 
 
 def test_too_few_shards_for_the_target_are_refused_with_what_there_is(run_folder, sampled):
