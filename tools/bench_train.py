@@ -163,6 +163,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     dtype=arguments.dtype or ("bfloat16" if on_gpu else "float32"),
     remat=arguments.remat,
     attention="auto",
+    scan_unroll=1 if on_gpu else shape["num_layers"],
   )
   tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (rows, seq_len))
   ours = Ours(config, tokens_BT.astype(np.int32))

@@ -13,18 +13,17 @@ names; `partitioning.py` says what they mean on a mesh.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from selfimprove_jax.models.attention import IMPLEMENTATIONS, attend
+from selfimprove_jax.models.projections import make_bias, make_weight, project, project_each
 from selfimprove_jax.models.rope import RopeScaling, rope
 
 _POLICIES = jax.checkpoint_policies
@@ -132,17 +131,21 @@ def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
 class RMSNorm(nn.Module):
   """In float32; the weight multiplies after the cast back, as in Hugging Face's Llama."""
 
-  eps: float
-  param_dtype: str = "float32"
+  c: LlamaConfig
 
   @nn.compact
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    c = self.c
     init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-    scale_D = self.param("scale", init, (x.shape[-1],), jnp.dtype(self.param_dtype))
-    x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
-    scale_D = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    return x32.astype(x.dtype) * scale_D
+    scale_D = self.param("scale", init, (x.shape[-1],), jnp.dtype(c.param_dtype))
+
+    def normalize(x, scale_D):
+      x32 = x.astype(jnp.float32)
+      x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + c.norm_eps)
+      scale_D = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+      return x32.astype(x.dtype) * scale_D
+
+    return _cheap_to_repeat(normalize, c)(x, scale_D)
 
 
 class Attention(nn.Module):
@@ -156,8 +159,8 @@ class Attention(nn.Module):
     N, H = c.num_heads, c.head_dim
     q_BTNH, k_BTKH, v_BTKH = self._joined(x_BTD) if c.unrolled else self._apart(x_BTD)
     if c.qk_norm:
-      q_BTNH = RMSNorm(c.norm_eps, c.param_dtype, name="q_norm")(q_BTNH)
-      k_BTKH = RMSNorm(c.norm_eps, c.param_dtype, name="k_norm")(k_BTKH)
+      q_BTNH = RMSNorm(c, name="q_norm")(q_BTNH)
+      k_BTKH = RMSNorm(c, name="k_norm")(k_BTKH)
     q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
     k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
@@ -185,28 +188,28 @@ class Attention(nn.Module):
       implementation=c.attention,
     )
     context_BTNH = checkpoint_name(context_BTNH, "context")
-    wo_NHD = _weight(self, c, "wo_NHD", (N, H, c.embed_dim), 2 * c.num_layers * N * H)
-    return _project(context_BTNH, wo_NHD), cache
+    wo_NHD = make_weight(self, c, "wo_NHD", (N, H, c.embed_dim), 2 * c.num_layers * N * H)
+    return project(context_BTNH, wo_NHD), cache
 
   def _apart(self, x_BTD):
     c = self.c
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-    weight = functools.partial(_weight, self, c, fan_in=D)
+    weight = functools.partial(make_weight, self, c, fan_in=D)
     weights = weight("wq_DNH", (D, N, H)), weight("wk_DKH", (D, K, H)), weight("wv_DKH", (D, K, H))
-    q_BTNH, k_BTKH, v_BTKH = _project_each(x_BTD, *weights)
+    q_BTNH, k_BTKH, v_BTKH = project_each(x_BTD, *weights)
     if c.qkv_bias:
-      q_BTNH += _bias(self, c, "bq_NH", (N, H))[None, None]
-      k_BTKH += _bias(self, c, "bk_KH", (K, H))[None, None]
-      v_BTKH += _bias(self, c, "bv_KH", (K, H))[None, None]
+      q_BTNH += make_bias(self, c, "bq_NH", (N, H))[None, None]
+      k_BTKH += make_bias(self, c, "bk_KH", (K, H))[None, None]
+      v_BTKH += make_bias(self, c, "bv_KH", (K, H))[None, None]
     return q_BTNH, k_BTKH, v_BTKH
 
   def _joined(self, x_BTD):
     """By one product: a decode step is as fast as its weights are read."""
     c = self.c
     K, H, J = c.num_kv_heads, c.head_dim, c.num_heads // c.num_kv_heads + 2
-    qkv_BTKJH = _project(x_BTD, _weight(self, c, "wqkv_DKJH", (c.embed_dim, K, J, H)))
+    qkv_BTKJH = project(x_BTD, make_weight(self, c, "wqkv_DKJH", (c.embed_dim, K, J, H)))
     if c.qkv_bias:
-      qkv_BTKJH += _bias(self, c, "bqkv_KJH", (K, J, H))[None, None]
+      qkv_BTKJH += make_bias(self, c, "bqkv_KJH", (K, J, H))[None, None]
     q_BTNH = qkv_BTKJH[:, :, :, :-2].reshape(*x_BTD.shape[:2], c.num_heads, H)
     return q_BTNH, qkv_BTKJH[:, :, :, -2], qkv_BTKJH[:, :, :, -1]
 
@@ -217,15 +220,19 @@ class SwiGLU(nn.Module):
   @nn.compact
   def __call__(self, x_BTD):
     c = self.c
-    weight = functools.partial(_weight, self, c)
+    weight = functools.partial(make_weight, self, c)
     if c.unrolled:
-      both_BTJF = _project(x_BTD, weight("w_gate_up_DJF", (c.embed_dim, 2, c.mlp_dim)))
+      both_BTJF = project(x_BTD, weight("w_gate_up_DJF", (c.embed_dim, 2, c.mlp_dim)))
       gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
     else:
-      gate_BTF = _project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
-      up_BTF = _project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
+      gate_BTF = project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
+      up_BTF = project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
     w_down_FD = weight("w_down_FD", (c.mlp_dim, c.embed_dim), 2 * c.num_layers * c.mlp_dim)
-    return _project(jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+
+    def down(gate_BTF, up_BTF, w_down_FD):
+      return project(jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
+
+    return _cheap_to_repeat(down, c)(gate_BTF, up_BTF, w_down_FD)
 
 
 class Layer(nn.Module):
@@ -238,10 +245,10 @@ class Layer(nn.Module):
   def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
     c = self.c
     dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
-    h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
+    h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
     h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache)
     x_BTD += dropout(name="attention_dropout")(h_BTD)
-    h_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD)
+    h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
     x_BTD += dropout(name="mlp_dropout")(SwiGLU(c, name="mlp")(h_BTD))
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     return x_BTD, cache
@@ -304,14 +311,14 @@ class Llama(nn.Module):
       cache = None if cache is None else tuple(caches)
     else:
       x_BTD = self._scanned_layers(x_BTD, positions_BT, segments_BT, deterministic)
-    x_BTD = RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(x_BTD)
+    x_BTD = RMSNorm(c, name="final_norm")(x_BTD)
     if c.tie_embeddings:
       head_DV = embedding_VD.T
     else:
-      head_DV = _weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
+      head_DV = make_weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
     if not logits:
       return x_BTD, cache
-    logits_BTV = _project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
+    logits_BTV = project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
     return logits_BTV, cache
 
   def _scanned_layers(self, x_BTD, positions_BT, segments_BT, deterministic):
@@ -337,50 +344,9 @@ def output_head(params: Any) -> Float[Array, "V D"]:
   return params["head_DV"].T if "head_DV" in params else params["embedding_VD"]
 
 
-def _project(x, weight, dtype=None):
-  """`x_BTi..` times `weight_i..o..`: the weight's leading axes are those of x after B and T.
+def _cheap_to_repeat(function, c):
+  """The function, of whose inner values the backward pass keeps none where a layer keeps all.
 
-  As one matmul of two matrices: XLA's CPU backend takes twice as long over the weight's gradient
-  when B and T stay apart.
+  They are quicker made again from the arguments than written and read: products are not repeated.
   """
-  B, T, *contracted = x.shape
-  out = weight.shape[len(contracted) :]
-  i = math.prod(contracted)
-  y = jnp.dot(x.reshape(B * T, i), weight.reshape(i, -1), preferred_element_type=dtype)
-  return y.reshape(B, T, *out)
-
-
-def _project_each(x_BTD, *weights):
-  """`_project` of x by each of the weights, as one matmul where that is faster.
-
-  One product of [q k v] and, backwards, one sum less: a training step on CPU gains 3%. Not for
-  fewer tokens than copying the weights is worth, nor where their outputs lie on several devices.
-  """
-  B, T, D = x_BTD.shape
-  mesh = jax.sharding.get_abstract_mesh()
-  if B * T < 2 * D or not (mesh.empty or mesh.shape["tensor"] == 1):
-    return [_project(x_BTD, weight) for weight in weights]
-  sizes = [math.prod(weight.shape[1:]) for weight in weights]
-  joined_DO = jnp.concatenate([weight.reshape(D, -1) for weight in weights], axis=1)
-  parts = jnp.split(_project(x_BTD, joined_DO), np.cumsum(sizes)[:-1], axis=-1)
-  return [part.reshape(B, T, *weight.shape[1:]) for part, weight in zip(parts, weights)]
-
-
-_LOGICAL_AXES = {"D": "embed", "N": "heads", "K": "kv_heads", "F": "mlp", "V": "vocab"}
-_LOGICAL_AXES |= {"H": None, "J": None}  # whole everywhere
-
-
-def _weight(module, c, name, shape, fan_in=None):
-  """A matrix whose logical axes are the letters of its name, in the compute dtype."""
-  init = nn.initializers.normal((fan_in or shape[0]) ** -0.5)
-  init = nn.with_logical_partitioning(init, _axes(name))
-  return module.param(name, init, shape, jnp.dtype(c.param_dtype)).astype(c.dtype)
-
-
-def _bias(module, c, name, shape):
-  init = nn.with_logical_partitioning(nn.initializers.zeros, _axes(name))
-  return module.param(name, init, shape, jnp.dtype(c.param_dtype)).astype(c.dtype)
-
-
-def _axes(name):
-  return tuple(_LOGICAL_AXES[letter] for letter in name.rsplit("_", 1)[1])
+  return jax.checkpoint(function) if c.remat == "none" else function
