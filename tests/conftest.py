@@ -1,12 +1,16 @@
 """Eight CPU devices for every test, and the folder of real data where there is one."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +31,18 @@ if _flags is None:
   del os.environ["XLA_FLAGS"]
 else:
   os.environ["XLA_FLAGS"] = _flags
+
+
+# They begin first, so that no test process is left with one of them when the others are done.
+_LONGEST = ("pipelines/test_resume.py", "training/test_multiprocess.py", "test_main.py")
+
+
+def pytest_collection_modifyitems(items):
+  def rank(item):
+    path = item.path.as_posix()
+    return next((i for i, name in enumerate(_LONGEST) if path.endswith(name)), len(_LONGEST))
+
+  items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,12 +119,25 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def smoke(run_command, tmp_path_factory) -> FinishedRun:
-  """The whole smoke run, made once by the real command line; nobody may write in its folder."""
-  folder = tmp_path_factory.mktemp("smoke") / "run"
-  began = time.monotonic()
-  process = run_command("--config=configs/sbp_quick.py:smoke", f"--workdir={folder}")
+  """The whole smoke run, by the real command line; nobody may write in its folder.
+
+  The first of the test processes that needs it makes it, the others wait.
+  """
+  from selfimprove_jax import storage
+
+  root = tmp_path_factory.getbasetemp()
+  root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smoke"
+  folder, finished = root / "run", root / "finished.json"
+  with storage.lock(root):
+    if not finished.exists():
+      began = time.monotonic()
+      process = run_command("--config=configs/sbp_quick.py:smoke", f"--workdir={folder}")
+      told = {name: getattr(process, name) for name in ("args", "returncode", "stdout", "stderr")}
+      finished.write_text(json.dumps([told, time.monotonic() - began]))
+  told, seconds = json.loads(finished.read_text())
+  process = subprocess.CompletedProcess(**told)
   assert process.returncode == 0, process.stdout + process.stderr
-  return FinishedRun(folder, process, time.monotonic() - began)
+  return FinishedRun(folder, process, seconds)
 
 
 @pytest.fixture
@@ -130,3 +159,47 @@ def data_files():
     }
 
   return read
+
+
+@pytest.fixture(scope="session")
+def emulator():
+  """Cloud Storage on loopback with a bucket named `bucket`; gives what processes need to find it.
+
+  That is in this process's environment while a test uses `bucket`.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  script = pathlib.Path(__file__).with_name("gcs_emulator.py")
+  process = subprocess.Popen(
+    [sys.executable, script, str(port)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+  )
+  assert process.stdout.readline() == "listening\n"
+  yield {
+    "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
+    "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks by gRPC, and waits
+    "GCE_METADATA_ROOT": f"127.0.0.1:{port}",  # asked for credentials
+    "FSSPEC_GCS_TOKEN": "anon",
+  }
+  process.communicate("")
+
+
+@pytest.fixture
+def bucket(emulator, tmp_path, monkeypatch):
+  """An empty folder of the bucket; local copies go to a folder of the test's own."""
+  import fsspec
+
+  from selfimprove_jax import storage
+
+  temporary = tmp_path / "tmp"
+  temporary.mkdir()
+  for name, value in {**emulator, "TMPDIR": str(temporary)}.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+  monkeypatch.setattr(tempfile, "tempdir", None)
+  return storage.path(f"gs://bucket/{uuid.uuid4().hex}")

@@ -3,13 +3,10 @@
 import gc
 import json
 import pathlib
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 
 import fsspec
 import jax
@@ -29,42 +26,6 @@ from selfimprove_jax.training.metrics_log import MetricsLog, read_metrics
 from selfimprove_jax.training.train_step import TrainState
 
 NAMES = [artifacts.shard_name(i, 3) for i in range(3)]
-
-
-@pytest.fixture(scope="module")
-def emulator():
-  """Cloud Storage on loopback with a bucket named `bucket`, for this process and its children."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  script = pathlib.Path(__file__).with_name("gcs_emulator.py")
-  process = subprocess.Popen(
-    [sys.executable, script, str(port)],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-  )
-  assert process.stdout.readline() == "listening\n"
-  with pytest.MonkeyPatch.context() as patch:
-    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-      patch.setenv(name, f"http://127.0.0.1:{port}")
-    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks by gRPC, and waits
-    patch.setenv("GCE_METADATA_ROOT", f"127.0.0.1:{port}")  # asked for credentials
-    patch.setenv("FSSPEC_GCS_TOKEN", "anon")
-    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
-    yield
-  process.communicate("")
-
-
-@pytest.fixture
-def bucket(emulator, tmp_path, monkeypatch):
-  """An empty folder of the bucket; local copies go to a folder of the test's own."""
-  temporary = tmp_path / "tmp"
-  temporary.mkdir()
-  monkeypatch.setenv("TMPDIR", str(temporary))
-  monkeypatch.setattr(tempfile, "tempdir", None)
-  return storage.path(f"gs://bucket/{uuid.uuid4().hex}")
 
 
 def _bytes(folder, *, but=()):

@@ -33,6 +33,10 @@ def _after_first_shard(folder):
   return (folder / "00000.jsonl").exists()
 
 
+def _is_well_begun(folder):
+  return _after_steps(3)(folder) or _after_first_shard(folder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Moment:
   """When a stage is killed: alone with the run, or everything at once; or asked to leave."""
@@ -68,7 +72,10 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def interrupted(smoke, command, subprocess_options, tmp_path_factory) -> Interrupted:
-  """The smoke run from its first training on, each time killed at the next of `_MOMENTS`."""
+  """The smoke run from its first training on, each time killed at the next of `_MOMENTS`.
+
+  A stage that is killed well begun, beside the one whose moment it was, needs no other kill.
+  """
   run = Interrupted(tmp_path_factory.mktemp("interrupted") / "run")
   for name in _EARLY:
     shutil.copytree(smoke.folder / name, run.folder / name)
@@ -93,7 +100,8 @@ def interrupted(smoke, command, subprocess_options, tmp_path_factory) -> Interru
     if name is None:
       assert process.returncode == 0, log.read_text()
       return run
-    _kill(process, pending.pop(name), run, log)
+    killed = _kill(process, pending.pop(name), run, log)
+    pending = {name: moment for name, moment in pending.items() if name not in killed}
 
 
 def _wait_for_moment(process, folder, pending):
@@ -124,9 +132,11 @@ def _kill(process, moment, run, log):
   run.left_alive += alive
   if moment.kill == "sigterm":
     run.sigterm_code, run.sigterm_output = process.returncode, log.read_text()
-  else:
-    run.killed |= {name for name in under_way if _is_under_way(run.folder / name)}
-    run.torn_checkpoints += sum(_is_saving(run.folder / name) for name in under_way)
+    return set()
+  killed = {name for name in under_way if _is_under_way(run.folder / name)}
+  run.killed |= killed
+  run.torn_checkpoints += sum(_is_saving(run.folder / name) for name in under_way)
+  return {name for name in killed if _is_well_begun(run.folder / name)}
 
 
 def _processes_in(folder):

@@ -145,12 +145,12 @@ def start_job(source, compilation_cache, monkeypatch):
   jobs = []
 
   def start(folder, *, num_processes=1, num_devices=1, mesh=None, stuck=(None, None), **changes):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     port = portpicker.pick_unused_port()
     started = []
     for process_id in range(num_processes):
       settings = {
-        "folder": str(folder),
+        "run_folder": str(folder),
         "conftest": str(here / "conftest.py"),
         "log": str(folder / f"log-{process_id}"),
         "rows": source._paths[0],
@@ -164,6 +164,7 @@ def start_job(source, compilation_cache, monkeypatch):
         "port": port,
         "heartbeat_seconds": 100,
         "hang_seconds": 100,
+        "environment": {},
         "stuck_at": stuck[1] if stuck[0] == process_id else None,
       }
       arguments = (str(here / "job.py"), {"SETTINGS": settings | changes})

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import os
-import pathlib
 import threading
 
+import fsspec
 import jax
 
-from selfimprove_jax import distributed, partitioning
+from selfimprove_jax import distributed, partitioning, storage
 from selfimprove_jax.data import mixture, rows
 from selfimprove_jax.models import llama
 from selfimprove_jax.models.checksums import checksums
@@ -18,6 +18,8 @@ from selfimprove_jax.training import loop, preemption
 SETTINGS: dict  # set by whoever runs this
 
 settings = SETTINGS
+os.environ.update(settings["environment"])
+fsspec.config.set_conf_env(fsspec.config.conf)  # which it read when it was imported
 log = os.open(settings["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 os.dup2(log, 1)
 os.dup2(log, 2)
@@ -48,7 +50,7 @@ class Mixture(mixture.Mixture):
     return super().batch(step)
 
 
-folder = pathlib.Path(settings["folder"])
+folder = storage.path(settings["run_folder"])
 num_rows, num_steps = settings["num_rows"], settings["num_steps"]
 counts = {"records": num_rows, "tokens": 0, "targets": 0, "padding": 0}
 source = rows.RowSource([settings["rows"]], counts=[counts], seq_len=conftest.SEQ_LEN)

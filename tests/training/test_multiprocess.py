@@ -66,6 +66,21 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_on_another_mesh(
     np.testing.assert_allclose(_losses(start(folder, **options)), whole, rtol=1e-5)
 
 
+def test_two_processes_that_save_in_a_bucket_are_killed_and_go_on_there(
+  tmp_path, start, bucket, emulator
+):
+  options = dict(num_processes=2, num_devices=2)
+  whole = start(tmp_path / "whole", **options)
+  _losses(whole)
+  options |= dict(run_folder=str(bucket), environment=emulator)
+  first = start(tmp_path / "first", **options)
+  first.wait_until(lambda: (bucket / "checkpoints" / "6").exists())  # 3 is whole, 6 may be
+  first.kill()
+  assert (then := start(tmp_path / "then", **options)).end() == [0, 0], then.log()
+  assert read_metrics(bucket / "metrics.jsonl") == read_metrics(whole.folder / "metrics.jsonl")
+  assert json.loads((bucket / "result.json").read_text()) == whole.result()
+
+
 def test_sigterm_to_one_process_saves_on_all(tmp_path, start):
   whole = start(tmp_path / "whole", num_processes=2)
   job = start(tmp_path / "stopped", num_processes=2, num_steps=400, checkpoint_every=1000)
