@@ -70,7 +70,10 @@ def write_shards(
       distributed.barrier("shards are sampled")
       for shard in range(first, min(first + count, max_shards)):
         take_in = functools.partial(writer.take_in, _name(shard), count=_counts)
-        totals.update(distributed.from_main(take_in))
+        counts = distributed.from_main(take_in)
+        totals.update(counts)
+        if shard % count != index:  # of its own a process has told as they were drawn
+          bar.update(counts["tokens"])
         if totals["tokens"] >= target_tokens:
           break
       if totals["tokens"] >= target_tokens:
