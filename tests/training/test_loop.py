@@ -161,6 +161,25 @@ def test_sigterm_saves_and_leaves_with_143_and_the_run_goes_on_as_if_nothing_had
   assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
+def test_the_step_is_compiled_once_for_a_fresh_state_and_once_for_a_restored_one(
+  train, tmp_path, monkeypatch
+):
+  jit_train_step, jitted = train_step.jit_train_step, []
+
+  def recorded(*args, **options):
+    jitted.append(jit_train_step(*args, **options))
+    return jitted[-1]
+
+  monkeypatch.setattr(train_step, "jit_train_step", recorded)
+  # Not the one that the runs of this module share.
+  monkeypatch.setattr(train_step, "make_train_step", train_step.make_train_step.__wrapped__)
+  with monkeypatch.context() as patch, pytest.raises(preemption.Preempted):
+    _stop_at(patch, 5)
+    train(tmp_path)
+  train(tmp_path)
+  assert [step._cache_size() for step in jitted] == [1, 1]
+
+
 def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
   uninterrupted, train, tmp_path, monkeypatch, caplog
 ):
