@@ -40,7 +40,7 @@ _SLICES = flags.DEFINE_integer(
 )
 _LAYERS = flags.DEFINE_integer("layers", None, "Compile a model of so many layers instead.")
 _FAST = flags.DEFINE_bool("fast", False, "Compile with little optimization: a fifth of the time.")
-_WHAT = flags.DEFINE_list("what", list(PROGRAMS), f"Programs: some of {PROGRAMS}.")
+_WHAT = flags.DEFINE_list("what", None, f"Some of {PROGRAMS}; by default all that the config has.")
 
 
 def prepare_environment() -> None:
@@ -102,6 +102,11 @@ def lower(config: dict[str, Any], program: str, devices: list[Any]) -> tuple[Any
       "use --what=train"
     )
   return _lower_sampling(config, program, devices)
+
+
+def programs_of(config: dict[str, Any]) -> Sequence[str]:
+  """Those that a config has: prefill and decode where a stage samples by its `synthesis`."""
+  return PROGRAMS if "synthesis" in config else PROGRAMS[:1]
 
 
 def _lower_train(config, devices):
@@ -293,13 +298,14 @@ def compile_for(
   *,
   slices: int = 1,
   layers: int | None = None,
-  what: Sequence[str] = PROGRAMS,
+  what: Sequence[str] | None = None,
   fast: bool = False,
   on_program: Callable[[str, dict[str, Any]], None] = lambda program, found: None,
 ) -> dict[str, Any]:
   """Every program of `what`, compiled for a topology.
 
   Args:
+    what: None for all of `programs_of`.
     on_program: told of each program, as soon as it is compiled.
 
   Raises:
@@ -311,7 +317,7 @@ def compile_for(
   if layers is not None:
     config = {**config, "model": {**config["model"], "num_layers": layers}}
   programs = {}
-  for program in what:
+  for program in what or programs_of(config):
     lowered, known = lower(config, program, devices)
     # A v4 chip is two devices, each with half its memory.
     hbm_bytes = CHIPS[chip][0] * 1e9 * num_chips / len(devices)
