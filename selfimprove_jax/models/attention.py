@@ -198,7 +198,7 @@ def _xla(
 
 
 # With gradients of their own: those that JAX derives are the same sums, and attention forwards and
-# backwards takes a quarter longer on CPUs (`_over_queries`).
+# backwards takes up to a quarter longer on CPUs (`_over_queries`).
 @jax.custom_vjp
 def _scores(q_BKGTH, k_BKSH):
   return jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
