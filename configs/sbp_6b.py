@@ -4,19 +4,20 @@
   python -m selfimprove_jax.main --config=configs/sbp_6b.py:1t --dry_run --device=v5p
   python tools/compile_for.py --config=configs/sbp_6b.py:1t --topology=v5p:8x8x8
 
-200b: 10 B unique tokens, which the baseline repeats 20 times.  1t: 50 B, likewise. The paper has
-the 6B at 1T only: `200b` is ours, with the tokens of its 3B. Compiled for v5p and v6e pods
-(benchmarks/compile.md); never run: no such pod was at hand.
+200b: 10 B unique tokens, which the baseline repeats 20 times.  1t: 50 B, also 20 times. The paper
+has the 6B at 1T only: `200b` is ours, with the token budgets of its 3B.
+Compiled for v5p and v6e pods (benchmarks/compile.md), never run.
 
-All that both sizes share, and which of it is unverified: paper_scale.py.
+paper_scale.py holds what both sizes share, and says which values are unverified.
 """
 
 import ml_collections as mlc
 
-from configs import paper_scale
+from configs import paper_scale, parts
 
 
 def get_config(variant: str = "200b") -> mlc.ConfigDict:
+  parts.check_variant(variant, ("200b", "1t"))
   return paper_scale.sbp(
     size="6b",  # its shape is a guess
     variant=variant,

@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, and the folder of real data where there is one."""
+"""Fixtures: eight CPU devices, the command line, the smoke run, real data, and a bucket."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-# Nearly all of a test's time is XLA optimizing what then runs once: without that it takes half.
-# The flag is read when the devices are made; processes that tests start do not inherit it.
+# Most of a test's time is XLA optimizing programs that run once; without it tests take half the
+# time. XLA reads the flag when it makes the devices; processes that tests start do not inherit it.
 _flags = os.environ.get("XLA_FLAGS")
 os.environ["XLA_FLAGS"] = f"{_flags or ''} --xla_backend_optimization_level=0"
 jax.devices()
@@ -33,8 +33,8 @@ else:
   os.environ["XLA_FLAGS"] = _flags
 
 
-# They begin first, so that no test process is left with one of them when the others are done.
-_LONGEST = ("pipelines/test_resume.py", "training/test_multiprocess.py", "test_main.py")
+# The longest files start first, so that no pytest worker is left with one of them at the end.
+_LONGEST = ("pipelines/test_resume.py", "training/test_multiprocess.py", "test_whole_runs.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory) -> pathlib.Path:
-  """Where what one test compiled is found by the next."""
+  """A compilation cache that all tests of a pytest worker share."""
   folder = tmp_path_factory.mktemp("compilation_cache")
   jax.config.update("jax_compilation_cache_dir", str(folder))
   return folder
@@ -55,7 +55,7 @@ def compilation_cache(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
-  """The folder that SELFIMPROVE_DATA names (corpora, evals, models)."""
+  """The folder of real data (corpora, evals, models) that SELFIMPROVE_DATA names."""
   folder = os.environ.get("SELFIMPROVE_DATA")
   if not folder or not pathlib.Path(folder).is_dir():
     pytest.skip("SELFIMPROVE_DATA names no folder of real corpora")
@@ -64,15 +64,15 @@ def real_data() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def one_device_mesh() -> jax.sharding.Mesh:
-  """A mesh of one device, on which what needs no mesh runs fastest."""
-  from selfimprove_jax import partitioning
+  """A mesh of one device, the fastest for tests that need no larger one."""
+  from selfimprove_jax.runtime import partitioning
 
   return partitioning.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
 
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-# What two runs of one config do not share: times, and the checkpoints' own files, whose names are
-# random (their parameters' checksums are in the manifests).
+# Files that differ between two runs of one config: times, and the checkpoints' files, whose names
+# are random (the manifests have their parameters' checksums).
 _NOT_DATA = {
   "timings.jsonl",
   "speed.jsonl",
@@ -86,20 +86,20 @@ _NOT_DATA = {
 
 @pytest.fixture(scope="session")
 def command():
-  """What starts the command line with some arguments, as a list for `subprocess`."""
+  """Makes the argument list for `subprocess` that starts the command line."""
   return lambda *arguments: [sys.executable, "-m", "selfimprove_jax.main", *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
 def subprocess_options() -> dict[str, Any]:
-  """For runs of the command line: one CPU device, and XLA told to optimize less, to save time."""
+  """Options for runs of the command line: one CPU device, and XLA without optimizations."""
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
   return {"cwd": REPO, "env": {**os.environ, "XLA_FLAGS": flags}, "text": True}
 
 
 @pytest.fixture(scope="session")
 def run_command(command, subprocess_options):
-  """Runs the command line to its end; gives the finished process with what it printed."""
+  """Runs the command line to its end; returns the process with what it printed."""
 
   def run(*arguments, env=None) -> subprocess.CompletedProcess:
     options = subprocess_options | {"env": subprocess_options["env"] | (env or {})}
@@ -119,11 +119,11 @@ class FinishedRun:
 
 @pytest.fixture(scope="session")
 def smoke(run_command, tmp_path_factory) -> FinishedRun:
-  """The whole smoke run, by the real command line; nobody may write in its folder.
+  """The whole smoke run by the real command line; tests must not write in its folder.
 
-  The first of the test processes that needs it makes it, the others wait.
+  The first pytest worker that needs it makes it; the others wait.
   """
-  from selfimprove_jax import storage
+  from selfimprove_jax.runs import storage
 
   root = tmp_path_factory.getbasetemp()
   root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "smoke"
@@ -142,13 +142,13 @@ def smoke(run_command, tmp_path_factory) -> FinishedRun:
 
 @pytest.fixture
 def smoke_copy(smoke, tmp_path) -> pathlib.Path:
-  """A copy of the finished smoke run, to damage."""
+  """A copy of the finished smoke run that a test may damage."""
   return pathlib.Path(shutil.copytree(smoke.folder, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="session")
 def data_files():
-  """Path under a folder -> bytes, of every file in which two runs of one config are equal."""
+  """Reads relative path -> bytes of every file that is equal in two runs of one config."""
 
   def read(folder: pathlib.Path) -> dict[str, bytes]:
     files = (path.relative_to(folder) for path in sorted(folder.rglob("*")))
@@ -163,9 +163,9 @@ def data_files():
 
 @pytest.fixture(scope="session")
 def emulator():
-  """Cloud Storage on loopback with a bucket named `bucket`; gives what processes need to find it.
+  """The variables by which clients find an emulator of Cloud Storage with a bucket `bucket`.
 
-  That is in this process's environment while a test uses `bucket`.
+  This process has them while a test uses the fixture `bucket`.
   """
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
@@ -182,7 +182,7 @@ def emulator():
   yield {
     "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}",
     "TENSORSTORE_GCS_HTTP_URL": f"http://127.0.0.1:{port}",
-    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it asks by gRPC, and waits
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # its gRPC request would block
     "GCE_METADATA_ROOT": f"127.0.0.1:{port}",  # asked for credentials
     "FSSPEC_GCS_TOKEN": "anon",
   }
@@ -191,10 +191,10 @@ def emulator():
 
 @pytest.fixture
 def bucket(emulator, tmp_path, monkeypatch):
-  """An empty folder of the bucket; local copies go to a folder of the test's own."""
+  """An empty folder of the bucket; local copies go to the test's own folder."""
   import fsspec
 
-  from selfimprove_jax import storage
+  from selfimprove_jax.runs import storage
 
   temporary = tmp_path / "tmp"
   temporary.mkdir()

@@ -1,7 +1,8 @@
-"""Google Cloud Storage on loopback: PORT. Prints a line when it listens; ends with its input.
+"""Emulates Google Cloud Storage on a port of loopback: `gcs_emulator.py PORT`.
 
-Not a test. `gcp-storage-emulator`, with what tensorstore and locks ask beside: the generation of an
-object that is read, and writes on condition of a generation.
+Prints a line when it listens and exits when its standard input ends. It extends
+`gcp-storage-emulator` by what tensorstore and our leases need: the generation of an object that is
+read, and writes on condition of a generation.
 """
 
 import http.server

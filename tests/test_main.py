@@ -1,258 +1,244 @@
-"""The command line: the whole smoke run, what it refuses, and how it ends when a stage fails."""
+"""The command line, run in this process with a toy pipeline (whole runs: test_whole_runs.py)."""
 
 import json
-import shutil
+import sys
 
 import pytest
+from absl import app, flags
 
-_SMOKE = "--config=configs/sbp_quick.py:smoke"
-_EARLY = ("documents", "tokenizer", "tokens")
+from selfimprove_jax import main as program
+from selfimprove_jax import pipelines
+from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runtime import distributed, preemption
 
-
-def _copy_early(smoke, folder):
-  """The early stages of the smoke run, which are those of any config that changes later ones."""
-  for name in _EARLY:
-    shutil.copytree(smoke.folder / name, folder / name)
-  return folder
-
-
-def _assert_refused(process, *told):
-  assert process.returncode == 1, process.stdout + process.stderr
-  for text in told:
-    assert text in process.stdout + process.stderr
-  assert "Traceback" not in process.stdout + process.stderr
+_TOY = """
+from selfimprove_jax.report.report import Report, Section, Text
+from selfimprove_jax.runs.runner import RuntimeConfig
+from selfimprove_jax.runtime.config import section, to_json
+from selfimprove_jax.runtime.partitioning import MeshConfig
+from tests.runs.toy import ValueConfig, stage
 
 
-def test_the_smoke_run_prints_the_table_and_the_path_of_the_report(smoke):
-  lines = smoke.process.stdout.splitlines()
-  assert lines[-1] == str(smoke.folder / "report" / "report.html")
-  table = {line.split("  ")[0] for line in lines}
-  assert {"repeated", "SBP", "unconditional samples", "oracle"} <= table
-  assert (smoke.folder / "report" / "report.html").stat().st_size > 20_000
-  assert smoke.seconds < 600
+@section
+class Config:
+  pipeline: str = "toy"
+  title: str = "A toy"
+  runtime: RuntimeConfig = RuntimeConfig()
+  mesh: MeshConfig = MeshConfig()
+  first: ValueConfig = ValueConfig()
+  second: ValueConfig = ValueConfig()
 
 
-def test_every_long_stage_shows_its_progress(smoke):
-  shown = smoke.process.stdout + smoke.process.stderr
-  for label in ("documents", "tokens", "seed", "samples/sbp", "synthesizer/nearest", "arms/oracle"):
-    assert f"\n{label}  " in "\n" + shown, label
+def stages(config):
+  first, second = vars(config.first), vars(config.second)
+  return [stage("a/one", **first), stage("b", "a/one", **second)]
 
 
-def test_the_report_has_every_arm_at_equal_tokens_and_steps_with_standard_errors(smoke):
-  report = json.loads((smoke.folder / "report" / "report.json").read_text())
-  arms = report["arms"]
-  assert {"baseline", "sbp", "unconditional", "oracle", "baseline_all_in"} == arms.keys()
-  for arm in arms.values():
-    assert arm["evals"]
-    for result in arm["evals"].values():
-      assert result["value"] > 0
-      assert result["stderr"] > 0
-      assert isinstance(result["unit"], str)
-  equal = [arms[name] for name in ("baseline", "sbp", "unconditional", "oracle")]
-  assert len({arm["train_tokens"] for arm in equal}) == 1
-  assert len({arm["steps"] for arm in equal}) == 1
-  assert arms["baseline_all_in"]["train_tokens"] > arms["baseline"]["train_tokens"]
+def report(run):
+  lead = f"total {run.artifact('b').summary['total']}" if run.has("b") else "b is not there"
+  sections = (Section("Examples", (Text("an example"),)),)
+  return Report(run.config.title, run.command, lead, sections, {"config": to_json(run.config)})
+"""
+_PAGE = """
+from selfimprove_jax.pipelines import toy
+from selfimprove_jax.runtime.config import page
 
 
-def test_the_report_says_what_made_it(smoke):
-  report = json.loads((smoke.folder / "report" / "report.json").read_text())
-  assert report["config"] == json.loads((smoke.folder / "config.json").read_text())
-  assert {"python", "jax", "selfimprove_jax"} <= report["versions"].keys()
-  assert _SMOKE in report["command"]
-  assert all(stage["seconds"] > 0 for stage in report["stages"])
-  assert report["pairs"]["recall"]["value"] > 0.9
+def get_config(variant="small"):
+  if variant != "small":
+    raise ValueError(f"variant {variant!r} is unknown; there are ['small']")
+  return page(toy.Config)
+"""
 
 
-def test_each_synthetic_source_of_the_smoke_run_keeps_rows_to_train_on(smoke):
-  for source in ("sbp", "unconditional"):
-    manifest = json.loads((smoke.folder / "synthetic" / source / "manifest.json").read_text())
-    assert manifest["summary"]["rows"]["records"] >= 1
+@pytest.fixture
+def toy(tmp_path, monkeypatch, capfd):
+  """Runs the command line with a pipeline of two stages; gives exit code and what it printed."""
+  folder = tmp_path / "pipelines" / "toy"
+  folder.mkdir(parents=True)
+  (folder / "__init__.py").write_text(_TOY)
+  page = tmp_path / "page.py"
+  page.write_text(_PAGE)
+  monkeypatch.setattr(pipelines, "__path__", [*pipelines.__path__, str(folder.parent)])
+  monkeypatch.delitem(sys.modules, "selfimprove_jax.pipelines.toy", raising=False)
+  monkeypatch.delattr(pipelines, "toy", raising=False)
+  # Both belong to a process of its own: JAX is already running here, and SIGTERM must end pytest.
+  monkeypatch.setattr(distributed, "initialize", lambda **options: None)
+  monkeypatch.setattr(preemption, "install", lambda: None)
+
+  def run(*arguments, config=str(page)):
+    config = [] if config is None else [f"--config={config}"]
+    argv = ["main.py", *config, f"--workdir={tmp_path / 'run'}", "--compilation_cache=", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    names = set(flags.FLAGS)
+    code = 0
+    try:
+      program.main(program._parse_flags(argv))
+    except SystemExit as leave:
+      code = leave.code
+    finally:
+      for name in set(flags.FLAGS) - names:  # the overrides of this page
+        delattr(flags.FLAGS, name)
+      flags.FLAGS.unparse_flags()
+      for name in ("config", "workdir", "stages", "dry_run", "device", "num_devices", "verify"):
+        flags.FLAGS[name].unparse()
+    out = capfd.readouterr()
+    if isinstance(code, str):  # what sys.exit would print
+      return 1, out.out + out.err + code
+    return code, out.out + out.err
+
+  run.folder = tmp_path / "run"
+  return run
 
 
-def test_a_finished_run_runs_nothing_again(smoke, smoke_copy, run_command, data_files):
-  process = run_command(_SMOKE, f"--workdir={smoke_copy}")
-  assert process.returncode == 0, process.stderr
-  assert process.stdout.count(": complete\n") == len(_stage_names(smoke_copy))
-  assert (smoke_copy / "timings.jsonl").read_bytes() == (
-    smoke.folder / "timings.jsonl"
-  ).read_bytes()
-  assert data_files(smoke_copy) == data_files(smoke.folder)
+def test_a_run_makes_its_stages_records_its_config_and_writes_the_report(toy):
+  code, told = toy("--config.first.value=3", "--config.title=Numbers")
+  assert code == 0, told
+  assert told.splitlines()[-1] == str(toy.folder / "report" / "report.html")
+  assert "total 4" in told
+  written = json.loads((toy.folder / "report" / "report.json").read_text())
+  assert written["config"] == json.loads((toy.folder / "config.json").read_text())
+  assert written["config"]["first"]["value"] == 3
+  assert "selfimprove_jax.main" in written["command"]
+  assert "--config.title=Numbers" in written["command"]
 
 
-def _stage_names(folder):
-  report = json.loads((folder / "report" / "report.json").read_text())
-  return [stage["name"] for stage in report["stages"]]
+def test_another_title_refuses_nothing_and_is_in_the_report(toy):
+  assert toy()[0] == 0
+  code, told = toy("--config.title=Another")
+  assert code == 0, told
+  assert "a/one: complete" in told
+  assert json.loads((toy.folder / "config.json").read_text())["title"] == "Another"
+  assert "Another" in (toy.folder / "report" / "report.html").read_text()
 
 
-def test_another_config_in_the_same_workdir_is_refused_with_the_difference(smoke, run_command):
-  before = {p: p.stat().st_mtime_ns for p in sorted(smoke.folder.rglob("*"))}
-  process = run_command(
-    _SMOKE, f"--workdir={smoke.folder}", "--config.pairs.filters.max_jaccard=.4"
-  )
-  _assert_refused(process, "made with another config", "pairs.filters.max_jaccard: 0.3 -> 0.4")
-  assert {p: p.stat().st_mtime_ns for p in sorted(smoke.folder.rglob("*"))} == before
+def test_another_config_of_a_stage_is_refused_once_it_is_complete(toy):
+  assert toy("--stages=a")[0] == 0
+  code, told = toy("--config.first.value=3")
+  assert code == 1
+  assert "a/one: value: 1 -> 3" in told
+
+
+def test_a_run_that_has_made_nothing_takes_another_config(toy):
+  assert toy("--config.first.fails=True")[0] == 1
+  code, told = toy("--config.first.value=3")
+  assert code == 0, told
+  assert "a/one: begun again, since it was begun with another config" in told
+  assert "total 4" in told
+
+
+def test_a_run_of_some_stages_makes_no_report(toy):
+  code, told = toy("--stages=a")
+  assert code == 0, told
+  assert artifacts.has_manifest(toy.folder / "a/one")
+  assert not (toy.folder / "b").exists()
+  assert not (toy.folder / "report").exists()
+
+
+def test_show_reports_an_unfinished_run_with_examples(toy):
+  assert toy("--stages=a")[0] == 0
+  code, told = toy("show", config=None)
+  assert code == 0, told
+  assert "b is not there" in told
+  assert "an example" in told
+
+
+def test_show_of_a_folder_without_a_run_names_it(toy):
+  code, told = toy("show", config=None)
+  assert code == 1
+  assert f"{toy.folder} holds no run" in told
+
+
+def test_dry_run_prints_the_stages_and_makes_nothing(toy):
+  code, told = toy("--dry_run", "--device=v5p", "--num_devices=4")
+  assert code == 0, told
+  assert {"a/one", "b", "total"} <= {line.split()[0] for line in told.splitlines() if line}
+  assert "4 x v5p at 40%" in told
+  assert not toy.folder.exists()
+
+
+def test_dry_run_of_some_stages_plans_only_them(toy):
+  code, told = toy("--dry_run", "--stages=b")
+  assert code == 0, told
+  assert "\nb " in told
+  assert "\na/one" not in told
 
 
 @pytest.mark.parametrize(
-  ("argument", "told"),
+  ("arguments", "told"),
   [
-    ("--config.pairs.filters.min_similarty=2", "min_similarity"),
-    ("--config.pairs.filters.min_similarity=much", "much"),
-    ("--config=configs/sbp_quick.py:nonsense", "nonsense"),
-    ("--config=configs/not_there.py", "configs/not_there.py"),
-    ("--stages=pears", "there is no stage 'pears'"),
-    ("--workdir=", "--workdir is missing"),
-    ("--wrokdir=x", "wrokdir"),
+    (["--stages=a/on"], "--stages=a/on: there is no such stage; did you mean 'a/one'? There are ["),
+    (["--config.runtime.parallel_stages=0"], "runtime.parallel_stages=0: must be greater than or"),
+    (
+      ["--config.first.vale=3"],
+      "--config.first.vale=3: first has no 'vale'; did you mean 'value'?",
+    ),
+    (
+      ["--config.frst.value=3"],
+      "--config.frst.value=3: the page has no 'frst'; did you mean 'first",
+    ),
+    (["--config.title.x=3"], "--config.title.x=3: title is a value, not a section"),
+    (["--config.first.value=much"], "flag --config.first.value=much: invalid literal for int()"),
+    (["--config.pipeline=to"], "pipeline='to': there is no such pipeline; did you mean 'toy'?"),
+    (["--wrokdir=x"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
+    (["--num_devices=0"], "num_devices"),
   ],
 )
-def test_what_is_misspelt_on_the_command_line_fails_at_the_start(
-  argument, told, run_command, tmp_path
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_mistake_on_the_command_line_is_refused_before_anything_runs(
+  toy, arguments, told, dry_run
 ):
-  process = run_command(_SMOKE, f"--workdir={tmp_path / 'run'}", argument)
-  _assert_refused(process, told)
-  assert list(tmp_path.iterdir()) == []
+  code, found = toy(*arguments, *(["--dry_run"] if dry_run else []))
+  assert code == 1
+  assert told in found
+  assert "Traceback" not in found
+  assert not toy.folder.exists()
 
 
-def test_a_misspelt_key_in_a_config_file_fails_before_anything_runs(run_command, tmp_path):
-  path = tmp_path / "config.py"
-  path.write_text(
-    "from configs import sbp_quick\n"
+def test_dry_run_refuses_a_device_that_it_does_not_know(toy):
+  code, told = toy("--dry_run", "--device=h10")
+  assert code == 1
+  assert "--device=h10 is unknown; did you mean 'h100'? There are ['a100'" in told
+
+
+def test_a_mesh_that_does_not_fit_says_which_flags_plan_for_other_devices(toy):
+  code, told = toy("--dry_run", "--config.mesh.data=5")
+  assert code == 1
+  assert "mesh: data=5 needs 5 devices, and there are 8" in told
+  assert "Pass --num_devices" in told
+  assert toy("--dry_run", "--config.mesh.data=5", "--num_devices=5")[0] == 0
+
+
+def test_a_run_needs_a_folder_and_a_page(toy):
+  with pytest.raises(app.UsageError, match="--workdir is missing"):
+    toy("--workdir=")
+  with pytest.raises(app.UsageError, match="--config is missing"):
+    toy(config=None)
+  with pytest.raises(app.UsageError, match="unknown arguments"):
+    toy("shw")
+
+
+def test_an_unknown_variant_is_refused_in_one_line_with_those_there_are(toy, tmp_path):
+  code, told = toy(config=f"{tmp_path / 'page.py'}:smal")
+  assert code == 1
+  (line,) = told.strip().splitlines()
+  assert line.endswith("page.py:smal: variant 'smal' is unknown; there are ['small']")
+
+
+def test_a_key_that_no_section_reads_is_refused_in_a_page_too(toy, tmp_path):
+  (tmp_path / "page.py").write_text(
+    f"{_PAGE.replace('get_config', 'whole')}\n\n"
     "def get_config():\n"
-    "  c = sbp_quick.get_config('smoke')\n"
-    "  with c.unlocked():\n"
-    "    c.comparison = dict(seed_nois=0.03)\n"
-    "  return c\n"
+    "  made = whole()\n"
+    "  made.first.vale = 3\n"
+    "  return made\n"
   )
-  process = run_command(f"--config={path}", f"--workdir={tmp_path / 'run'}")
-  _assert_refused(process, "section 'comparison' lacks ['seed_noise']", "['seed_nois']")
-  assert not (tmp_path / "run").exists()
+  code, told = toy()
+  assert code == 1
+  assert "first.vale=3: there is no such knob; did you mean 'value'?" in told
 
 
-def test_dry_run_prints_every_stage_and_makes_nothing(smoke, run_command, tmp_path):
-  process = run_command(
-    _SMOKE, f"--workdir={tmp_path / 'run'}", "--dry_run", "--device=v5p", "--num_devices=4"
-  )
-  assert process.returncode == 0, process.stderr
-  rows = {line.split()[0] for line in process.stdout.splitlines() if line.strip()}
-  assert set(_stage_names(smoke.folder)) <= rows
-  assert "4 x v5p at 40%" in process.stdout
-  assert not (tmp_path / "run").exists()
-  _assert_refused(run_command(_SMOKE, "--dry_run", "--device=v99"), "'v99' is unknown", "h100")
-
-
-def test_some_stages_can_be_run_and_a_missing_input_is_named(run_command, smoke, tmp_path):
-  run = _copy_early(smoke, tmp_path / "run")
-  shutil.rmtree(run / "tokens")
-  process = run_command(_SMOKE, f"--workdir={run}", "--stages=embeddings,pairs")
-  _assert_refused(process, f"artefact {run / 'tokens'} is missing: run the stage that writes it")
-  process = run_command(_SMOKE, f"--workdir={run}", "--stages=tokens,embeddings")
-  assert process.returncode == 0, process.stdout + process.stderr
-  assert (run / "embeddings" / "manifest.json").exists()
-  assert not (run / "pairs" / "manifest.json").exists()
-  assert not (run / "report").exists()
-
-
-def test_a_line_that_does_not_parse_ends_the_run_and_mended_the_same_command_goes_on(
-  run_command, tmp_path
-):
-  corpus, config = tmp_path / "corpus.jsonl", tmp_path / "config.py"
-  lines = [
-    json.dumps({"id": f"d{i}", "text": " ".join(f"word{i * 20 + j}" for j in range(20))})
-    for i in range(100)
-  ]
-  corpus.write_text("\n".join([*lines[:9], "{", *lines[10:]]))
-  config.write_text(
-    "from configs import sbp_quick\n"
-    "def get_config():\n"
-    "  c = sbp_quick.get_config('smoke')\n"
-    "  with c.unlocked():\n"
-    f"    c.corpus.options = dict(paths={str(corpus)!r})\n"
-    "    c.corpus.source = 'jsonl'\n"
-    "  return c\n"
-  )
-  arguments = (f"--config={config}", f"--workdir={tmp_path / 'run'}", "--stages=documents")
-  process = run_command(*arguments)
-  _assert_refused(process, f"documents: CorpusError: {corpus}, line 10: not JSON", "exit code 1")
-  corpus.write_text("\n".join(lines))
-  assert run_command(*arguments).returncode == 0
-
-
-def test_a_mesh_that_does_not_fit_is_refused_and_on_more_devices_the_same_command_goes_on(
-  smoke, run_command, subprocess_options, tmp_path
-):
-  run = _copy_early(smoke, tmp_path / "run")
-  arguments = (_SMOKE, f"--workdir={run}", "--stages=seed", "--config.mesh.data=2")
-  _assert_refused(run_command(*arguments), "seed: ValueError: mesh", "does not fit 1 devices")
-  flags = f"{subprocess_options['env']['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-  process = run_command(*arguments, env={"XLA_FLAGS": flags})
-  assert process.returncode == 0, process.stdout + process.stderr
-  assert (run / "seed" / "manifest.json").exists()
-
-
-def test_a_stage_that_fails_ends_the_run_with_its_message_and_its_sibling_saves(
-  smoke, run_command, tmp_path
-):
-  run = _copy_early(smoke, tmp_path / "run")
-  arguments = (
-    *(_SMOKE, f"--workdir={run}", "--stages=seed,arms/baseline"),
-    *("--config.arms.baseline.weight_decay=1e30", "--config.seed_model.total_tokens=4000000"),
-  )
-  process = run_command(*arguments)
-  _assert_refused(
-    process,
-    "arms/baseline: LossIsNotFiniteError: arms/baseline: step",
-    "stage arms/baseline ended with exit code 1",
-    "seed: stopped at step",
-  )
-  assert "Traceback" in (run / "logs" / "arms-baseline.log").read_text()
-  assert any(path.name.isdigit() for path in (run / "seed" / "checkpoints").iterdir())
-  assert not (run / "seed" / "manifest.json").exists()
-
-
-def test_damage_is_refused_where_it_is_read_and_mended_with_verify(
-  smoke, smoke_copy, run_command, data_files
-):
-  shard = smoke_copy / "samples" / "sbp" / "00001.jsonl"
-  whole = shard.read_bytes()
-  shard.write_bytes(whole.replace(b"a", b"b", 1))
-  (smoke_copy / "tokens" / "test.array_record").write_bytes(b"cut short")
-  shutil.rmtree(smoke_copy / "synthetic" / "sbp")
-  arguments = (_SMOKE, f"--workdir={smoke_copy}")
-  process = run_command(*arguments, "--stages=tokens,synthetic/sbp")
-  _assert_refused(process, "00001.jsonl is damaged: its SHA-256", "--verify")
-  assert "tokens: test.array_record is damaged and is made again" in process.stdout
-  process = run_command(*arguments, "--verify")
-  assert process.returncode == 0, process.stdout + process.stderr
-  assert "samples/sbp: 00001.jsonl is damaged and will be made again" in process.stdout
-  assert data_files(smoke_copy) == data_files(smoke.folder)
-  timed = [
-    json.loads(line)["stage"] for line in (smoke_copy / "timings.jsonl").read_text().splitlines()
-  ]
-  again = timed[len((smoke.folder / "timings.jsonl").read_text().splitlines()) :]
-  assert set(again) == {"tokens", "samples/sbp", "synthetic/sbp"}
-
-
-def test_a_truncated_checkpoint_of_a_finished_stage_is_refused_with_what_to_do(
-  smoke_copy, run_command
-):
-  shutil.rmtree(smoke_copy / "samples" / "unconditional")
-  files = [path for path in (smoke_copy / "seed" / "checkpoints").rglob("*") if path.is_file()]
-  for path in files:
-    if "params" in path.parts and path.stat().st_size > 1000:
-      path.write_bytes(path.read_bytes()[:-200])
-  process = run_command(_SMOKE, f"--workdir={smoke_copy}", "--stages=samples/unconditional")
-  _assert_refused(
-    process, f"Delete the folder {smoke_copy / 'seed'} and run the same command again"
-  )
-
-
-def test_show_prints_pairs_and_syntheses_beside_their_seeds(smoke, run_command):
-  process = run_command("show", f"--workdir={smoke.folder}")
-  assert process.returncode == 0, process.stderr
-  for text in ("--- pair, similarity 0.", "--- d1  numpy/", "--- seed  numpy/", "--- synthesis  ("):
-    assert text in process.stdout
-
-
-def test_show_of_a_folder_without_a_run_says_so(run_command, tmp_path):
-  process = run_command("show", f"--workdir={tmp_path}")
-  _assert_refused(process, f"{tmp_path} holds no run")
+def test_a_page_that_is_not_there_is_named(toy):
+  code, told = toy(config="configs/not_there.py")
+  assert code == 1
+  assert "configs/not_there.py" in told

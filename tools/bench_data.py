@@ -1,22 +1,23 @@
-"""How fast documents become rows and rows become batches, beside grain doing the same.
+"""Measures packing and loading of training rows, next to grain doing the same.
 
   python tools/bench_data.py                      # about three minutes on two idle cores
   python tools/bench_data.py --seq_lens 4096 --repeats 9
 
-Docstrings of the installed packages are tokenized and packed in a temporary folder. Then, in turns:
+Tokenizes and packs docstrings of the installed packages in a temporary folder. Then it measures,
+with ours and grain's runs alternating:
 
 - packing: `packing.pack` against `grain.experimental.BestFitPackIterDataset` on the same examples
-  (best fit, as many open rows, cut to the row before), and pack-and-write to ArrayRecord;
+  (best fit, the same number of open rows, long examples already cut), and packing with writing;
 - loading: `Mixture.iterate` of three components against grain's shuffle, repeat, mix and batch over
-  its `ArrayRecordDataSource`. grain reads rows that are stored as plain arrays, which is its best
-  case, and in a second column our own files, a row decoded at a time;
+  its `ArrayRecordDataSource`. grain reads rows stored as plain arrays, which is its best case, and
+  in a second column our own files, one row at a time;
 - waiting: the share of time that a step of known length (it sleeps) waits for its batch.
 
-Where others use the machine, `--clock cpu` counts the time of this process alone.
+On a busy machine, `--clock cpu` counts the CPU time of this process alone.
 
-Prints the parts of loading alone (the floor), a table with medians and ranges over the repeats, and
-as the last line one JSON object; its `ratio` is ours over grain's (plain arrays) in loading at the
-longest rows, the median of the ratios of neighbouring runs.
+Prints the components of loading by themselves, a table of medians and ranges over the repeats, and
+as the last line one JSON object. Its `ratio` is our rate of loading divided by grain's (plain
+arrays) at the longest rows, the median over neighboring runs.
 """
 
 import argparse
@@ -39,9 +40,9 @@ from selfimprove_jax.data import corpora, mixture, packing, rows, tokenizer
 
 WEIGHTS = (0.5, 0.3, 0.2)
 TARGETS = {"load": 5e6, "pack": 1e6}  # tokens/s
-STEP_TOKENS_PER_SECOND = 2.5e6  # of the pretended step
+STEP_TOKENS_PER_SECOND = 2.5e6  # speed of the simulated step
 NUM_OPEN_ROWS = 32
-OUTPUT_BYTES = 13  # of a token in a batch: three int32 and a bool
+OUTPUT_BYTES = 13  # per token of a batch: three int32 and a bool
 READING, DECODING = "ArrayRecord: reading in any order", "decoding to batches"
 PEER_OPTIONS = "group_size:1,zstd:3,max_parallelism:1"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -51,9 +52,10 @@ Clock = Callable[[], float]
 
 
 def read_texts(packages: Sequence[str], num_chars: int) -> list[str]:
-  """The first docstrings of the packages, up to `num_chars`."""
+  """Returns the first docstrings of the packages, up to `num_chars` in total."""
   texts, seen = [], 0
-  for document in corpora.docstrings(packages, min_chars=200):
+  config = corpora.DocstringsConfig(packages=tuple(packages), min_chars=200)
+  for document in corpora.docstrings(config):
     texts.append(document.text)
     seen += len(document.text)
     if seen >= num_chars:
@@ -62,7 +64,7 @@ def read_texts(packages: Sequence[str], num_chars: int) -> list[str]:
 
 
 def in_turns(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
-  """Every case `repeats` times; the order is turned round each time."""
+  """Runs every case `repeats` times, in alternating order, so that drift cancels out."""
   found: dict[str, list[float]] = {name: [] for name in cases}
   for repeat in range(repeats):
     for name in list(cases)[:: -1 if repeat % 2 else 1]:
@@ -71,7 +73,7 @@ def in_turns(cases: dict[str, Case], repeats: int) -> dict[str, list[float]]:
 
 
 def timed(num_tokens: int, run: Callable[[], Any], clock: Clock) -> Case:
-  """Tokens/s of something that goes over so many."""
+  """Returns a case that measures tokens/s of a function that processes `num_tokens`."""
 
   def case() -> float:
     began = clock()
@@ -82,7 +84,7 @@ def timed(num_tokens: int, run: Callable[[], Any], clock: Clock) -> Case:
 
 
 def rate(tokens_of_items: Iterator[int], seconds: float, clock: Clock) -> float:
-  """Tokens/s over at most so many seconds; the first item, which opens files, does not count."""
+  """Measures tokens/s for some seconds; the first item, which opens files, does not count."""
   next(tokens_of_items)
   began, tokens = clock(), 0
   for count in tokens_of_items:
@@ -93,7 +95,7 @@ def rate(tokens_of_items: Iterator[int], seconds: float, clock: Clock) -> float:
 
 
 def pieces(examples: Sequence[packing.Example], seq_len: int) -> list[packing.Example]:
-  """Examples cut to the row, as `packing.pack` cuts them."""
+  """Cuts examples to the length of a row, as `packing.pack` does."""
   return [
     packing.Example(e.tokens[i : i + seq_len], e.loss_mask[i : i + seq_len])
     for e in examples
@@ -109,7 +111,7 @@ def packing_cases(
   folder: pathlib.Path,
   clock: Clock,
 ) -> tuple[dict[str, Case], dict[str, float]]:
-  """Cases that give tokens/s; and the share of padding that each leaves."""
+  """Returns cases that measure tokens/s, and the share of padding of each packer."""
   num_tokens = sum(len(example.tokens) for example in examples)
 
   def ours():
@@ -140,7 +142,7 @@ def packing_cases(
 
 
 class Corpus:
-  """Three components of rows of one length: our files, and grain's of plain arrays."""
+  """Holds three components of rows of one length, as our files and as plain arrays for grain."""
 
   def __init__(
     self, examples: Sequence[packing.Example], seq_len: int, pad_id: int, folder: pathlib.Path
@@ -185,7 +187,7 @@ class Corpus:
       for i, path in enumerate(self.paths[kind])
     ]
     mixed = grain.MapDataset.mix(parts, weights=WEIGHTS).map(decode).batch(batch_rows)
-    # Two batches ahead, as ours; grain's own 500 would hold gigabytes.
+    # Two batches ahead, as ours; grain's default of 500 would hold gigabytes.
     return iter(mixed.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
 
   def _decode_plain(self, record: bytes) -> dict[str, np.ndarray]:
@@ -202,7 +204,7 @@ class Corpus:
 
 
 def loading_cases(corpus: Corpus, batch_rows: int, seconds: float, clock: Clock) -> dict[str, Case]:
-  """Cases that give tokens/s."""
+  """Returns cases that measure tokens/s of loading."""
 
   def case(batches: Callable[[], Iterator[dict[str, np.ndarray]]]) -> Case:
     return lambda: rate((batch["tokens"].size for batch in batches()), seconds, clock)
@@ -217,7 +219,7 @@ def loading_cases(corpus: Corpus, batch_rows: int, seconds: float, clock: Clock)
 
 
 def waiting_cases(corpus: Corpus, batch_rows: int, seconds: float) -> dict[str, Case]:
-  """Cases that give the share of time, after the first batch, that the step waits."""
+  """Returns cases that measure the share of time that the step waits after its first batch."""
   step_seconds = batch_rows * corpus.seq_len / STEP_TOKENS_PER_SECOND
 
   def share(batches: Iterator) -> float:
@@ -237,7 +239,7 @@ def waiting_cases(corpus: Corpus, batch_rows: int, seconds: float) -> dict[str, 
 
 
 def floor_cases(corpus: Corpus, clock: Clock) -> dict[str, Case]:
-  """The parts of loading, each alone on one core, in tokens/s."""
+  """Returns cases that measure components of loading, each alone on one core, in tokens/s."""
   places = [(source, i) for source in corpus.sources for i in range(len(source))]
   records = [source.record(i) for source, i in places]
   blocks = [records[i : i + 32] for i in range(0, len(records), 32)]
@@ -288,7 +290,7 @@ def machine() -> dict[str, Any]:
 
 
 def make_examples(arguments: argparse.Namespace) -> tuple[list[packing.Example], int]:
-  """Tokenized documents, and the id of padding; prints how fast they were made."""
+  """Returns tokenized documents and the id of padding; prints how fast they were made."""
   began = time.perf_counter()
   texts = read_texts(arguments.packages, arguments.chars)
   num_chars, read = sum(map(len, texts)), time.perf_counter() - began
@@ -316,7 +318,7 @@ def bench(
   arguments: argparse.Namespace,
   folder: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """All cases at one length of rows."""
+  """Runs all cases for one length of rows."""
   cases, repeats, batch_rows = [], arguments.repeats, arguments.batch_rows
   clock = CLOCKS[arguments.clock]
 
@@ -327,15 +329,15 @@ def bench(
   cut = pieces(examples, seq_len)
   packers, padding = packing_cases(cut, seq_len, pad_id, folder, clock)
   found = in_turns(packers, repeats)
-  shares = ", ".join(f"{name} leaves {share:.2%}" for name, share in padding.items())
-  show(f"rows of {seq_len}, packing (of padding, {shares})", found)
+  shares = ", ".join(f"{name} {share:.2%}" for name, share in padding.items())
+  show(f"rows of {seq_len}, packing (padding: {shares})", found)
   add("pack", found, padding=padding, ratio=ratios(found["ours"], found["grain"]))
 
   corpus = Corpus(cut, seq_len, pad_id, folder)
   size = {kind: corpus.bytes_per_token(kind) for kind in corpus.paths}
   sizes = ", ".join(f"{kind} {value:.2f}" for kind, value in size.items())
   found = in_turns(floor_cases(corpus, clock), repeats)
-  show(f"rows of {seq_len}, parts of loading (bytes a token on disk: {sizes})", found)
+  show(f"rows of {seq_len}, parts of loading (bytes per token on disk: {sizes})", found)
   together = 1 / sum(1 / statistics.median(found[part]) for part in (READING, DECODING))
   print(f"  {'reading, then decoding':34}{together / 1e6:8.2f}")
   add("floor", found, bytes_per_token=size, reading_then_decoding=together)
@@ -346,7 +348,7 @@ def bench(
 
   found = in_turns(waiting_cases(corpus, batch_rows, arguments.seconds), repeats)
   pace = f"{STEP_TOKENS_PER_SECOND / 1e6} M tokens/s"
-  show(f"rows of {seq_len}, time that a step of {pace} waits for data", found, share=True)
+  show(f"rows of {seq_len}, share of time that a step of {pace} waits for data", found, share=True)
   add("wait", found)
   return cases
 
@@ -356,16 +358,21 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--seq_lens", type=int, nargs="+", default=[256, 1024, 4096])
-  parser.add_argument("--batch_rows", type=int, default=32, help="rows of a batch")
-  parser.add_argument("--repeats", type=int, default=5, help="of each case")
-  parser.add_argument("--seconds", type=float, default=1.0, help="of one loading or waiting run")
-  parser.add_argument("--chars", type=int, default=20_000_000, help="of text to make rows of")
+  parser.add_argument("--batch_rows", type=int, default=32, help="rows per batch")
+  parser.add_argument("--repeats", type=int, default=5, help="runs of each case")
   parser.add_argument(
-    "--clock", choices=CLOCKS, default="wall", help="cpu: tokens a second of all cores' time"
+    "--seconds", type=float, default=1.0, help="length of a loading or waiting run"
   )
-  parser.add_argument("--vocab_size", type=int, default=8192, help="of the tokenizer trained on it")
+  parser.add_argument("--chars", type=int, default=20_000_000, help="characters of text")
   parser.add_argument(
-    "--packages", nargs="*", default=[], help="whose docstrings; none means every one installed"
+    "--clock", choices=CLOCKS, default="wall", help="cpu: tokens per second of CPU time"
+  )
+  parser.add_argument("--vocab_size", type=int, default=8192, help="size of the trained tokenizer")
+  parser.add_argument(
+    "--packages",
+    nargs="*",
+    default=[],
+    help="import names whose docstrings are used; default: all installed packages",
   )
   arguments = parser.parse_args()
   before = machine()
@@ -380,14 +387,14 @@ def main() -> None:
   }
   for name, target in TARGETS.items():
     met = "met" if slowest[name] >= target else "MISSED"
-    print(f"{name}: {slowest[name] / 1e6:.2f} M tokens/s at least; {target / 1e6} asked: {met}")
+    print(f"{name}: {slowest[name] / 1e6:.2f} M tokens/s at least; target {target / 1e6}: {met}")
   ratio = [case["ratio"] for case in cases if case["case"] == "load"][-1]
   result = {
     "ratio": ratio["median"],
     "ratio_spread": [ratio["min"], ratio["max"]],
     "measured": f"tokens/s of loading shuffled, mixed rows of {max(arguments.seq_lens)}, ours over "
-    f"grain's on plain arrays: median and range of {arguments.repeats} pairs run in turns",
-    "unit": f"tokens/s ({arguments.clock} time); of waiting, share of time",
+    f"grain's on plain arrays: median and range of {arguments.repeats} alternating pairs",
+    "unit": f"tokens/s ({arguments.clock} time); for waiting, share of time",
     "slowest": slowest,
     "machine": {"before": before, "after": machine()},
     "cases": cases,

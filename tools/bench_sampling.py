@@ -3,15 +3,15 @@
   python tools/bench_sampling.py                                      # CPU, float32: 135m
   python tools/bench_sampling.py --models=135m,3b --prompt_tokens=512 --new_tokens=256  # GPU
 
-Both continue the same prompts with the same weights, greedily, and never end by themselves. `fixed`
-is one batch of equal lengths. `ragged` is a queue of several times as many requests as the batch
-holds, whose lengths are drawn from a quarter of `--prompt_tokens` to all of it, and from a quarter
-of `--new_tokens` to four times as many (uniformly in the logarithm): here the engine refills its
-slots, there batches in the order of the queue are padded on the left and run to their longest
-request. Only tokens that were asked for count. The floor of a decode step is what it must read (all
-weights once, the filled part of the cache) at the copy rate measured here, or its FLOPs at the peak
-of `hardware.py`, whichever takes longer. Prints a table; the last line is a JSON object whose
-`ratio` is our tokens/s over those of the faster of `generate`'s caches.
+Both sides continue the same prompts with the same weights, greedily, and never stop early. `fixed`
+is one batch of equal lengths. `ragged` is a queue of several batches of requests, whose lengths are
+log-uniform: prompts from a quarter of `--prompt_tokens` to all of it, completions from a quarter of
+`--new_tokens` to four times it. Here the engine refills its slots, while `generate` runs padded
+batches, in the order of the queue, to their longest request. Only requested tokens count. The floor
+of a decode step is the time to read its memory (all weights once, and the filled part of the cache)
+at the copy rate measured here, or the time for its FLOPs at the peak rate of `hardware.py`,
+whichever is longer. Prints a table; the last line is a JSON object whose `ratio` is our tokens/s
+over those of the faster of `generate`'s caches.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import pathlib
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share one GPU
@@ -35,16 +35,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from selfimprove_jax import allocator, hardware, partitioning
-from selfimprove_jax.models import hf_export
-from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.models.params import init_params
+from selfimprove_jax.models.checkpoints import hf_export
+from selfimprove_jax.models.llama import Llama, LlamaConfig, init_params
+from selfimprove_jax.runtime import allocator, hardware, partitioning
 from selfimprove_jax.sampling.engine import Engine
-from selfimprove_jax.sampling.requests import Request
-from selfimprove_jax.sampling.sampler import SamplingConfig
+from selfimprove_jax.sampling.requests import Request, SamplingConfig
 
 MODELS = bench_train.MODELS | {
-  "tiny": (  # a minute's work is a second's: for the test of this program
+  "tiny": (  # for the test of this program
     dict(vocab_size=512, num_layers=2, embed_dim=64, mlp_dim=128, num_heads=4, num_kv_heads=2)
     | dict(qk_norm=True, tie_embeddings=True, head_dim=16, rope_theta=10_000.0),
     1,
@@ -53,20 +51,20 @@ MODELS = bench_train.MODELS | {
 }
 CACHES = ("dynamic", "static")
 LENGTHS = ("fixed", "ragged")
-# Prompt and new tokens, and what the queue of ragged requests holds of batches. What `generate`
-# does in a minute on two cores is little at a batch of 64.
+# Prompt tokens, new tokens, and batches in the queue of ragged requests; at a batch of 64 fewer,
+# because `generate` takes minutes on two cores.
 _CPU, _CPU_LARGE, _GPU = (32, 32, 3), (32, 12, 2), (512, 256, 3)
 _CPU_LARGE_FROM = 64
-# The share of requests whose first token must be the same. In bfloat16 the two likeliest logits of
-# random weights are often equal to within rounding.
+# Minimum share of requests whose first tokens agree. In bfloat16 the two largest logits of random
+# weights are often equal to within rounding.
 _AGREEMENT = {"float32": 0.98, "bfloat16": 0.7}
 _QUIET = 0.05
-_REST_SECONDS = 0.5  # the other side's threads spin for a while after their last work
+_REST_SECONDS = 0.5  # the other side's threads spin for a while after their work
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Requests: prompts, and how many new tokens each asks for."""
+  """Requests: prompts, and the number of new tokens of each."""
 
   batch: int
   lengths: str
@@ -87,11 +85,12 @@ def make_case(
   new_tokens: int,
   rounds: int,
 ) -> Case:
+  """Makes random prompts, and the lengths of their completions."""
   rng = np.random.default_rng(0)
   prompt_lengths, new_lengths = [prompt_tokens] * batch, [new_tokens] * batch
   if lengths == "ragged":
 
-    def drawn(low, high):
+    def drawn(low: int, high: int) -> list[int]:
       logs = rng.uniform(np.log(max(low, 1)), np.log(high), batch * rounds)
       return [int(length) for length in np.exp(logs).round()]
 
@@ -102,7 +101,7 @@ def make_case(
 
 
 class Ours:
-  """The library's engine on one device."""
+  """Our engine on one device."""
 
   def __init__(self, model: Llama, params: Any, mesh: jax.sharding.Mesh, case: Case):
     self._engine = Engine(
@@ -113,7 +112,7 @@ class Ours:
       pad_id=0,
       num_slots=case.batch,
       max_length=max(p + n for p, n in zip(map(len, case.prompts), case.new_tokens)),
-      batch_invariant=False,  # `generate` is not either
+      batch_invariant=False,  # nor is `generate`
     )
 
   def generate(self, case: Case) -> list[list[int]]:
@@ -121,7 +120,7 @@ class Ours:
     return [completion.tokens for completion in completions]
 
   def first_tokens(self, case: Case) -> None:
-    """Ends when each request of the first batch has streamed its first token."""
+    """Runs until each request of the first batch has streamed its first token."""
     waiting = set(range(case.batch))
     tickets = [
       self._engine.submit(request, lambda update, i=i: waiting.discard(i))
@@ -133,7 +132,7 @@ class Ours:
       self._engine.cancel(ticket)
 
 
-def _requests(case):
+def _requests(case: Case) -> list[Request]:
   greedy = SamplingConfig(temperature=0.0)
   return [
     Request(prompt=prompt, max_new_tokens=number, sampling=greedy)
@@ -142,7 +141,7 @@ def _requests(case):
 
 
 class Peer:
-  """PyTorch with transformers."""
+  """transformers' `generate`, on PyTorch."""
 
   def __init__(self, folder: str, *, dtype: str, num_threads: int, on_gpu: bool):
     import torch
@@ -153,7 +152,7 @@ class Peer:
     self._device = torch.device("cuda" if on_gpu else "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     self._model = model.to(self._device).eval()
-    # Else `generate` fills in what its settings leave out, from here.
+    # `generate` takes settings that its config leaves out from here.
     self._model.generation_config.eos_token_id = None
     self._model.generation_config.bos_token_id = None
 
@@ -168,7 +167,7 @@ class Peer:
   def first_tokens(self, case: Case, cache: str) -> None:
     self._batch(case.prompts[: case.batch], 1, cache)
 
-  def _batch(self, prompts, new_tokens, cache):
+  def _batch(self, prompts: list[list[int]], new_tokens: int, cache: str) -> list[list[int]]:
     from transformers import GenerationConfig
 
     torch = self._torch
@@ -197,22 +196,25 @@ class Peer:
 
 
 def agreement(ours: Sequence[Sequence[int]], peers: Sequence[Sequence[int]]) -> dict[str, float]:
-  """How much of the same work was done.
+  """Measures how far the completions of both sides agree.
 
   Returns:
     `first`: the share of requests whose first tokens agree; `tokens`: the share of all tokens that
-    stand before the first difference of their request. After one the texts are different ones.
+    precede the first difference within their request.
   """
   same = []
   for ours_N, peers_N in zip(ours, peers, strict=True):
     if len(ours_N) != len(peers_N):
-      raise RuntimeError(f"a request got {len(ours_N)} tokens here and {len(peers_N)} there")
+      raise RuntimeError(
+        f"a request got {len(ours_N)} tokens from us and {len(peers_N)} from the peer"
+      )
     differs = (i for i, (a, b) in enumerate(zip(ours_N, peers_N)) if a != b)
     same.append(next(differs, len(ours_N)))
   return {"first": float(np.mean(np.array(same) > 0)), "tokens": sum(same) / sum(map(len, ours))}
 
 
-def seconds(work, *arguments) -> float:
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+  """Times a call, after a rest."""
   time.sleep(_REST_SECONDS)
   began = time.perf_counter()
   work(*arguments)
@@ -222,14 +224,14 @@ def seconds(work, *arguments) -> float:
 def measure(
   case: Case, ours: Ours, peer: Peer, c: LlamaConfig, copy_rate: float, arguments: Any
 ) -> dict[str, Any]:
-  """Turns of both sides on one case, and what came of them."""
+  """Times both sides in turns on one case."""
   began = time.perf_counter()
   own_tokens = ours.generate(case)
   ours.first_tokens(case)
   compile_seconds = time.perf_counter() - began
   caches = arguments.caches.split(",")
   for cache in caches:
-    # On a GPU the static cache is compiled, for each of its sizes.
+    # On a GPU `generate` compiles the static cache, for each size.
     if jax.default_backend() == "gpu":
       peer.generate(case, cache)
     else:
@@ -241,7 +243,7 @@ def measure(
   }
   agreed = agreement(own_tokens, peer_tokens[0])
   if agreed["first"] < _AGREEMENT[c.dtype]:
-    raise RuntimeError(f"{case.lengths} {case.batch} is not the same work: {agreed}")
+    raise RuntimeError(f"{case.lengths} {case.batch}: the completions differ: {agreed}")
   cache = min(by_cache, key=by_cache.get)
 
   others_began = others_seconds()
@@ -271,7 +273,7 @@ def measure(
     "ratio": bench_train.spread(rates[:, 0] / rates[:, 1]),
   }
   if case.lengths == "fixed" and case.new_tokens[0] > 1:
-    # Else a step's rows differ in what they hold.
+    # In ragged batches the rows of a step fill the cache differently.
     steps = case.new_tokens[0] - 1
     step_seconds = np.maximum(np.median(np.array(turns) - np.array(firsts), axis=0), 1e-9) / steps
     found |= step_report(case, c, step_seconds, copy_rate)
@@ -279,7 +281,7 @@ def measure(
 
 
 def others_seconds() -> float:
-  """CPU time that other processes of this machine have used; 0 where the system does not say."""
+  """Returns the CPU time of all other processes; 0 where the system does not report it."""
   stat = pathlib.Path("/proc/stat")
   if not stat.exists():
     return 0.0
@@ -291,13 +293,13 @@ def others_seconds() -> float:
 def step_report(
   case: Case, c: LlamaConfig, step_seconds: np.ndarray, copy_rate: float
 ) -> dict[str, Any]:
-  """A decode step against what it must read and compute."""
-  # Halfway through.
+  """Compares a decode step with the memory it must read and the FLOPs it must compute."""
+  # On average over the completion, half of its tokens are in the cache.
   filled = len(case.prompts[0]) + case.new_tokens[0] / 2
   lookup = 0 if c.tie_embeddings else c.vocab_size * c.embed_dim
   cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * filled
   num_bytes = (c.num_parameters - lookup + case.batch * cached) * jnp.dtype(c.dtype).itemsize
-  # Each token is a query for all that is filled; that function counts half of a length.
+  # The function counts a token's attention as to half of the length.
   flops = case.batch * c.forward_flops_per_token(int(2 * filled))
   reading, computing = num_bytes / copy_rate, 0.0
   if found := hardware.peak(jax.devices()[:1], c.dtype):
@@ -313,7 +315,7 @@ def step_report(
 
 
 def measured_copy_rate() -> float:
-  """Bytes a second that a copy of memory much larger than the caches reads and writes."""
+  """Returns the bytes per second of a memory copy much larger than the CPU's caches."""
   size = 2**28 if jax.default_backend() == "gpu" else 2**26
   copy = jax.jit(lambda x: x + 1)
   x = copy(jnp.zeros(size, jnp.float32)).block_until_ready()
@@ -325,13 +327,8 @@ def measured_copy_rate() -> float:
   return 2 * x.nbytes / least
 
 
-def largest_batch(make_ours, make) -> dict[str, Any]:
-  """Our tokens/s at the largest power of two of slots that memory holds.
-
-  Args:
-    make_ours: case to engine.
-    make: batch to case.
-  """
+def largest_batch(make_ours: Callable[[Case], Ours], make: Callable[[int], Case]) -> dict[str, Any]:
+  """Measures our tokens/s at the largest power of two of slots that fits in memory."""
   found, batch = {}, 64
   while True:
     try:
@@ -350,7 +347,7 @@ def largest_batch(make_ours, make) -> dict[str, Any]:
 
 
 def measure_model(name: str, arguments: Any, copy_rate: float) -> list[dict[str, Any]]:
-  """All cases of a model; each is printed when it is there."""
+  """Measures and prints all cases of a model."""
   on_gpu = jax.default_backend() == "gpu"
   dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
   c = LlamaConfig(**MODELS[name][0], dtype=dtype, param_dtype=dtype, attention="auto")
@@ -358,7 +355,7 @@ def measure_model(name: str, arguments: Any, copy_rate: float) -> list[dict[str,
   mesh = partitioning.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
   params = nn.unbox(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
 
-  def make(batch, lengths="fixed"):
+  def make(batch: int, lengths: str = "fixed") -> Case:
     defaults = _GPU if on_gpu else _CPU_LARGE if batch >= _CPU_LARGE_FROM else _CPU
     return make_case(
       batch,
@@ -409,25 +406,33 @@ def print_case(f: dict[str, Any]) -> None:
     flush=True,
   )
   if f["others_cpus"] > _QUIET:
-    # PyTorch's threads wait for each other after each operation: with one of two cores taken by
-    # someone else they were 20 times slower, the engine 1.8 times.
-    print(f"  not to be used: others took {f['others_cpus']:.2f} CPUs meanwhile", flush=True)
+    # PyTorch's threads wait for each other after each operation: with one of two cores busy they
+    # were 20 times slower, the engine 1.8 times.
+    print(f"  unreliable: other processes used {f['others_cpus']:.2f} CPUs", flush=True)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--models", default="135m", help=f"of {', '.join(MODELS)}")
   parser.add_argument(
-    "--batches", default="1,16,64", help="or `largest`: found by doubling, ours alone (GPU)"
+    "--models", default="135m", help=f"comma-separated; any of {', '.join(MODELS)}"
   )
-  parser.add_argument("--lengths", default=",".join(LENGTHS), help=f"of {', '.join(LENGTHS)}")
-  parser.add_argument("--caches", default=",".join(CACHES), help=f"of {', '.join(CACHES)}")
-  parser.add_argument("--turns", type=int, default=3, help="of each side")
-  parser.add_argument("--prompt_tokens", type=int, help="of fixed requests, and most of ragged")
-  parser.add_argument("--new_tokens", type=int, help="of fixed requests; of ragged, see above")
-  parser.add_argument("--rounds", type=int, help="ragged requests for each place of a batch")
+  parser.add_argument(
+    "--batches",
+    default="1,16,64",
+    help="comma-separated; `largest` is found by doubling, for us alone (GPU)",
+  )
+  parser.add_argument("--lengths", default=",".join(LENGTHS), help=f"any of {', '.join(LENGTHS)}")
+  parser.add_argument("--caches", default=",".join(CACHES), help=f"any of {', '.join(CACHES)}")
+  parser.add_argument("--turns", type=int, default=3, help="turns of each side")
+  parser.add_argument("--prompt_tokens", type=int, help="length of prompts; the maximum, if ragged")
+  parser.add_argument(
+    "--new_tokens", type=int, help="length of completions; if ragged, a quarter to four times it"
+  )
+  parser.add_argument("--rounds", type=int, help="batches in the ragged queue")
   parser.add_argument("--dtype", help="float32 on CPU, bfloat16 on GPU")
-  parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on CPU")
+  parser.add_argument(
+    "--threads", type=int, default=os.cpu_count(), help="PyTorch's threads on CPU"
+  )
   arguments = parser.parse_args()
   for flag, known in (("models", MODELS), ("lengths", LENGTHS), ("caches", CACHES)):
     if unknown := set(getattr(arguments, flag).split(",")) - set(known):
@@ -451,7 +456,7 @@ def main() -> None:
   headline = [f for f in compared if (f["batch"], f["lengths"]) == (16, "ragged")]
   shown = min(headline, key=lambda f: f["ratio"]["median"]) if headline else least
   print(
-    f"the ratio is that of {shown['model']} at batch {shown['batch']}, {shown['lengths']}; the "
+    f"the ratio is for {shown['model']} at batch {shown['batch']}, {shown['lengths']}; the "
     f"least is {least['ratio']['median']:.2f}, at batch {least['batch']}, {least['lengths']}"
   )
   summary = {

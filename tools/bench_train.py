@@ -1,12 +1,12 @@
-"""Training speed against PyTorch with transformers, in one run, taking turns.
+"""Measures training speed against PyTorch with transformers, in one run, alternating.
 
   python tools/bench_train.py                                  # CPU, float32: 7m, 36m, 135m
   python tools/bench_train.py --models=135m,1b,3b --rows=8     # GPU, bfloat16
 
-Both train the same model from the same weights (checked by the first losses), on the same tokens,
-with AdamW and clipping: here the train step of the library, packed segments and all; there
-`transformers` with its fastest attention, fused AdamW and, on a GPU, `torch.compile` and autocast.
-The floor is the time of the matrix products alone at the speed measured for a large one here.
+Both train the same model from the same weights (the first losses are compared) on the same tokens,
+with AdamW and clipping: ours with the library's train step, packed segments included; the peer with
+transformers' fastest attention, fused AdamW and, on a GPU, `torch.compile` and autocast. The floor
+is the speed at which the model's FLOPs would take no longer than a large matmul's on this machine.
 Prints a table; the last line is a JSON object whose `ratio` is our speed over the peer's.
 """
 
@@ -20,18 +20,19 @@ import tempfile
 import time
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share one GPU
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both sides share one GPU
 
 import jax
 import numpy as np
 
-from selfimprove_jax import allocator, hardware, partitioning
-from selfimprove_jax.models import hf_export
+from selfimprove_jax.models.checkpoints import hf_export
 from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.training import optimizer, train_step
+from selfimprove_jax.runtime import allocator, hardware, partitioning
+from selfimprove_jax.training import losses, train_step
+from selfimprove_jax.training.config import TrainingConfig
 
 _QWEN = dict(qk_norm=True, tie_embeddings=True, head_dim=64, rope_theta=10_000.0)
-# Name -> shape, and rows and tokens of a batch on CPU. 135m is SmolLM2's.
+# Name -> shape, and rows and tokens per row of a batch on CPU. 135m has the shape of SmolLM2.
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
   "7m": (
     dict(vocab_size=8192, num_layers=6, embed_dim=256, mlp_dim=768, num_heads=4, num_kv_heads=2)
@@ -65,8 +66,8 @@ MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     4096,
   ),
 }
-_OPTIMIZER = dict(weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8)
-_RATE, _CLIP = 1e-4, 1.0
+_TRAINING = TrainingConfig(batch_rows=1, peak_lr=1e-4, final_lr=1e-4, warmup_fraction=0.0)
+_WEIGHT_DECAY = 0.1
 
 
 class Ours:
@@ -74,13 +75,11 @@ class Ours:
 
   def __init__(self, config: LlamaConfig, tokens_BT: np.ndarray):
     model = Llama(config)
-    rate = optimizer.warmup_cosine(
-      peak_lr=_RATE, final_lr=_RATE, warmup_steps=0, num_steps=1_000_000
-    )
-    tx = optimizer.make_optimizer("adamw", rate, clip_norm=_CLIP, **_OPTIMIZER)
-    mesh = partitioning.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    rate = _TRAINING.learning_rate(1_000_000)
+    tx = _TRAINING.make_optimizer(rate, weight_decay=_WEIGHT_DECAY)
+    self._mesh = mesh = partitioning.make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     self._state = train_step.init_state(model, tx, mesh, key=jax.random.key(0))
-    self._step = train_step.make_train_step(model, tx, rate, mesh, accumulation_steps=1)
+    self._step = train_step.make_train_step(losses.next_token_loss(model), model, tx, rate, mesh)
     B, T = tokens_BT.shape
     loss_mask = np.ones((B, T), bool)
     loss_mask[:, 0] = False
@@ -96,7 +95,7 @@ class Ours:
     self._key = jax.random.key(1)
 
   def save(self, folder: str, config: LlamaConfig, seq_len: int) -> None:
-    """The weights as a folder for transformers."""
+    """Writes the weights as a folder for transformers."""
     hf_export.save_pretrained(
       folder,
       self._state.params,
@@ -108,9 +107,10 @@ class Ours:
     )
 
   def steps(self, number: int) -> float:
-    """The last loss of so many steps, which have ended when it is there."""
-    for _ in range(number):
-      self._state, metrics = self._step(self._state, self._batch, self._key)
+    """Makes steps; returns the last loss, which exists only when they have ended."""
+    with jax.set_mesh(self._mesh):
+      for _ in range(number):
+        self._state, metrics = self._step(self._state, self._batch, self._key)
     return float(metrics["loss"])
 
 
@@ -128,10 +128,10 @@ class Peer:
     self._model = model.to(self._device).train()
     self._optimizer = torch.optim.AdamW(
       self._model.parameters(),
-      lr=_RATE,
-      betas=(_OPTIMIZER["b1"], _OPTIMIZER["b2"]),
-      eps=_OPTIMIZER["eps"],
-      weight_decay=_OPTIMIZER["weight_decay"],
+      lr=_TRAINING.peak_lr,
+      betas=(_TRAINING.b1, _TRAINING.b2),
+      eps=_TRAINING.eps,
+      weight_decay=_WEIGHT_DECAY,
       fused=True,
     )
     self._forward = torch.compile(self._model) if on_gpu else self._model
@@ -143,7 +143,7 @@ class Peer:
       with torch.autocast(self._device.type, torch.bfloat16, self._device.type == "cuda"):
         out = self._forward(input_ids=self._tokens_BT, labels=self._tokens_BT, use_cache=False)
       out.loss.backward()
-      torch.nn.utils.clip_grad_norm_(self._model.parameters(), _CLIP)
+      torch.nn.utils.clip_grad_norm_(self._model.parameters(), _TRAINING.clip_norm)
       self._optimizer.step()
       self._optimizer.zero_grad(set_to_none=True)
     return out.loss.item()
@@ -154,7 +154,7 @@ class Peer:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-  """Turns of some steps each, and what came of them."""
+  """Alternates turns of both sides for one model; returns speeds and their ratio."""
   on_gpu = jax.default_backend() == "gpu"
   shape, rows, seq_len = MODELS[name]
   rows, seq_len = arguments.rows or rows, arguments.seq_len or seq_len
@@ -170,16 +170,16 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     ours.save(folder, config, seq_len)
     peer = Peer(folder, tokens_BT, num_threads=arguments.threads, on_gpu=on_gpu)
-  losses = ours.steps(1), peer.steps(1)
+  first = ours.steps(1), peer.steps(1)
   tolerance = 1e-2 if on_gpu else 1e-4
-  if abs(losses[0] - losses[1]) > tolerance * abs(losses[1]):
-    raise RuntimeError(f"{name} is not the same model: first losses {losses}")
+  if abs(first[0] - first[1]) > tolerance * abs(first[1]):
+    raise RuntimeError(f"{name} is not the same model on both sides: first losses {first}")
   ours.steps(1), peer.steps(1)
 
-  def seconds(who):
+  def seconds(side: Ours | Peer) -> float:
     time.sleep(0.5)  # the other side's threads spin for a while after their last work
     began = time.perf_counter()
-    who.steps(arguments.steps)
+    side.steps(arguments.steps)
     return (time.perf_counter() - began) / arguments.steps
 
   turns = [(seconds(ours), seconds(peer)) for _ in range(arguments.turns)]
@@ -193,7 +193,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     "rows": rows,
     "seq_len": seq_len,
     "dtype": config.dtype,
-    "first_losses": losses,
+    "first_losses": first,
     "tokens_per_second": [float(x) for x in np.median(rates, axis=0)],
     "mfu": [float(x) for x in np.median(rates, axis=0) * flops / (rows * seq_len) / peak],
     "peak": {"flops_per_second": peak, "name": peak_name},
@@ -210,14 +210,18 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--models", default="7m,36m,135m", help=f"of {', '.join(MODELS)}")
-  parser.add_argument("--turns", type=int, default=9, help="of each side")
-  parser.add_argument("--steps", type=int, default=1, help="a turn")
-  parser.add_argument("--rows", type=int, help="a batch; each model has a default for CPU")
+  parser.add_argument(
+    "--models", default="7m,36m,135m", help=f"comma-separated, from {', '.join(MODELS)}"
+  )
+  parser.add_argument("--turns", type=int, default=9, help="turns of each side")
+  parser.add_argument("--steps", type=int, default=1, help="steps per turn")
+  parser.add_argument("--rows", type=int, help="rows per batch; each model has a default for CPU")
   parser.add_argument("--seq_len", type=int)
-  parser.add_argument("--dtype", help="float32 on CPU, bfloat16 on GPU")
+  parser.add_argument("--dtype", help="default: float32 on CPU, bfloat16 on GPU")
   parser.add_argument("--remat", default="none")
-  parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTorch on CPU")
+  parser.add_argument(
+    "--threads", type=int, default=os.cpu_count(), help="threads of PyTorch on CPU"
+  )
   arguments = parser.parse_args()
   if unknown := set(arguments.models.split(",")) - MODELS.keys():
     parser.error(f"unknown models {sorted(unknown)}; there are {sorted(MODELS)}")
@@ -241,7 +245,7 @@ def main() -> None:
 
   versions = {m.__name__: m.__version__ for m in (jax, torch, transformers)}
   worst = min(found, key=lambda f: f["ratio"]["median"])
-  print(f"the ratio is the least of all models: {worst['model']}")
+  print(f"the reported ratio is the lowest of all models: {worst['model']}")
   summary = {
     "ratio": worst["ratio"]["median"],
     "spread": worst["ratio"],
@@ -253,5 +257,5 @@ def main() -> None:
 
 if __name__ == "__main__":
   if not pathlib.Path("/dev/nvidia0").exists():
-    allocator.restart_with_it()  # for both sides
+    allocator.restart_with_it()  # the faster allocator, for both sides
   main()

@@ -1,17 +1,17 @@
-"""Compiles a config's train step, prefill and decode step for a TPU pod, on a machine without one.
+"""Compiles a config's train step, prefill and decode step for TPUs, on a machine without any.
 
   pip install 'selfimprove_jax[tpu]'
   python tools/compile_for.py --config=configs/sbp_3b.py:1t --topology=v5p:8x8x8
   python tools/compile_for.py --config=configs/sbp_3b.py:1t --topology=v6e:16x16 \\
       --what=train --config.training.accumulation_steps=4
 
-Prints, for each program, bytes of HBM and FLOPs on one device, its collectives and whether it fits;
-the last line is all of that as one JSON object. The programs are those that the pipeline runs, on
-the mesh that the config makes of so many chips; each process samples by itself, so prefill (of the
-longest bucket) and decode are for the chips of one host. Nothing is allocated: 3B takes some 2 GB
-of host memory and a few minutes.
+Prints for each program the HBM bytes and FLOPs of one device, its collectives and whether it fits;
+the last line is a JSON object with all of it. The programs are those that the pipeline runs, on the
+config's mesh over all chips; each process samples by itself, so prefill (of the longest bucket) and
+decode are for the chips of one host. Allocates no arrays: 3B takes 2 GB of host memory and minutes.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,33 +28,22 @@ from ml_collections import config_flags
 _REPO = pathlib.Path(__file__).resolve().parents[1]
 
 PROGRAMS = ("train", "prefill", "decode")
-# Chip -> its HBM in GB (10^9 bytes; of which the runtime keeps some), and dimensions of a topology.
+# Chip -> its HBM in GB (10^9 bytes, of which the runtime reserves some), topology dimensions.
 CHIPS = {"v4": (32, 3), "v5e": (16, 2), "v5p": (95, 3), "v6e": (32, 2)}
-
-_OPTIMIZER = ("b1", "b2", "eps", "clip_norm", "momentum_dtype", "skip_spikes")
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the pod: v5p:8x8x8.")
-_SLICES = flags.DEFINE_integer(
-  "slices", 1, "How many such pods, joined by a data center's network."
-)
-_LAYERS = flags.DEFINE_integer("layers", None, "Compile a model of so many layers instead.")
-_FAST = flags.DEFINE_bool("fast", False, "Compile with little optimization: a fifth of the time.")
-_WHAT = flags.DEFINE_list("what", None, f"Some of {PROGRAMS}; by default all that the config has.")
 
 
 def prepare_environment() -> None:
-  """Before jax is imported: compile for TPUs, compute on the CPU, and look for no TPU."""
+  """Makes JAX compute on the CPU and look for no TPU; call it before jax is imported."""
   os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     TPU_WORKER_HOSTNAMES="localhost",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several may compile at once: none has a TPU
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several programs may compile at once: none has a TPU
   )
 
 
 def topology_devices(topology: str, *, slices: int = 1) -> list[Any]:
-  """Devices to compile for; they can hold no array.
+  """Returns devices to compile for, which can hold no arrays.
 
   Raises:
     ValueError: there is no such topology.
@@ -86,58 +75,68 @@ def topology_devices(topology: str, *, slices: int = 1) -> list[Any]:
     raise ValueError(f"there is no topology {topology!r}: {error}") from None
 
 
-def lower(config: dict[str, Any], program: str, devices: list[Any]) -> tuple[Any, dict[str, Any]]:
-  """One program of a config, lowered for devices, and what is known of it without compiling.
+def load(page: dict[str, Any], *, layers: int | None = None) -> Any:
+  """Returns a page as the `Config` of its pipeline, with another number of layers if asked for."""
+  from selfimprove_jax.pipelines import registry
+  from selfimprove_jax.runtime.config import parse
+
+  config = parse(registry.load(page.get("pipeline")).Config, page)
+  if layers is not None:
+    model = dataclasses.replace(config.model, num_layers=layers)
+    config = dataclasses.replace(config, model=model)
+  return config
+
+
+def programs_of(config: Any) -> Sequence[str]:
+  """Returns the programs of a config; only pipelines with a `synthesis` section sample."""
+  return PROGRAMS if hasattr(config, "synthesis") else PROGRAMS[:1]
+
+
+def lower(config: Any, program: str, devices: list[Any]) -> tuple[Any, dict[str, Any]]:
+  """Lowers one program of a config for devices; also returns facts that need no compilation.
 
   Raises:
     ValueError: the config has no such program, or its mesh or batch does not fit the devices.
   """
   if program not in PROGRAMS:
     raise ValueError(f"program {program!r} is unknown; there are {PROGRAMS}")
+  if program not in programs_of(config):
+    raise ValueError(
+      f"the pipeline {config.pipeline!r} has no `synthesis` section to sample by; use --what=train"
+    )
   if program == "train":
     return _lower_train(config, devices)
-  if "synthesis" not in config:
-    raise ValueError(
-      f"the pipeline {config['pipeline']!r} has no stage that samples by a config's `synthesis`; "
-      "use --what=train"
-    )
   return _lower_sampling(config, program, devices)
 
 
-def programs_of(config: dict[str, Any]) -> Sequence[str]:
-  """Those that a config has: prefill and decode where a stage samples by its `synthesis`."""
-  return PROGRAMS if "synthesis" in config else PROGRAMS[:1]
-
-
-def _lower_train(config, devices):
+def _lower_train(config: Any, devices: list[Any]) -> tuple[Any, dict[str, Any]]:
   import jax
   import jax.numpy as jnp
 
-  from selfimprove_jax import partitioning
-  from selfimprove_jax.models.llama import Llama, LlamaConfig
-  from selfimprove_jax.training import optimizer, train_step
+  from selfimprove_jax.models.llama import Llama
+  from selfimprove_jax.runtime import partitioning
+  from selfimprove_jax.training import losses, train_step
 
   stage = _training_stage(config)
-  t = stage.config["training"]
-  mesh = partitioning.make_mesh(**stage.config["mesh"], devices=devices)
-  partitioning.check_batch(t["batch_rows"], mesh, accumulation_steps=t["accumulation_steps"])
-  model = LlamaConfig(**stage.config["model"])
-  learning_rate = optimizer.warmup_cosine(
-    peak_lr=t["peak_lr"], final_lr=t["final_lr"], warmup_steps=10, num_steps=100
+  run, training = stage.config, stage.config.training
+  mesh, model = run.mesh.make(devices), Llama(run.model)
+  partitioning.check_batch(
+    training.batch_rows, mesh, accumulation_steps=training.accumulation_steps
   )
-  tx = optimizer.make_optimizer(
-    t["optimizer"],
+  learning_rate = training.learning_rate(100)
+  tx = training.make_optimizer(learning_rate, weight_decay=run.weight_decay)
+  step = train_step.make_train_step(
+    losses.next_token_loss(model),
+    model,
+    tx,
     learning_rate,
-    weight_decay=stage.config["weight_decay"],
-    **{name: t[name] for name in _OPTIMIZER},
+    mesh,
+    accumulation_steps=training.accumulation_steps,
   )
-  step = train_step.jit_train_step(
-    Llama(model), tx, learning_rate, mesh, accumulation_steps=t["accumulation_steps"]
-  )
-  state = train_step.abstract_state(Llama(model), tx, mesh)
+  state = train_step.abstract_state(model, tx, mesh)
   batch = {
     name: jax.ShapeDtypeStruct(
-      (t["batch_rows"], t["seq_len"]), dtype, sharding=partitioning.batch_sharding(mesh)
+      (training.batch_rows, run.seq_len), dtype, sharding=partitioning.batch_sharding(mesh)
     )
     for name, dtype in {
       "tokens": jnp.int32,
@@ -149,87 +148,85 @@ def _lower_train(config, devices):
   key = jax.eval_shape(lambda: jax.random.key(0))
   with jax.set_mesh(mesh):
     lowered = step.lower(state, batch, key)
-  tokens = t["batch_rows"] * t["seq_len"]
-  known = {
+  tokens = training.batch_rows * run.seq_len
+  facts = {
     "stage": stage.name,
-    "batch": [t["batch_rows"], t["seq_len"]],
-    "accumulation_steps": t["accumulation_steps"],
-    "model_flops": tokens * model.train_flops_per_token(t["seq_len"]) / len(devices),
+    "batch": [training.batch_rows, run.seq_len],
+    "accumulation_steps": training.accumulation_steps,
+    "model_flops": tokens * run.model.train_flops_per_token(run.seq_len) / len(devices),
     "state_bytes_whole": _bytes(state),
     "state_bytes": _bytes(state, sharded=True),
   }
-  return lowered, _describe(known, model, mesh)
+  return lowered, _describe(facts, run.model, mesh)
 
 
-def _training_stage(config):
-  """The last stage that trains: an arm, or the tuned model."""
-  from selfimprove_jax.pipelines import runner
+def _training_stage(config: Any) -> Any:
+  """Returns the last stage that trains: an arm, or the tuned model."""
+  from selfimprove_jax.pipelines import registry
 
-  runner.check(config)
-  needed = {"model", "mesh", "training", "weight_decay"}
-  trained = [stage for stage in runner.build(config) if needed <= stage.config.keys()]
-  if not trained:
-    raise ValueError(f"the pipeline {config['pipeline']!r} trains nothing")
-  return trained[-1]
+  stages = registry.load(config.pipeline).stages(config)
+  trains = [stage for stage in stages if hasattr(stage.config, "training")]
+  if not trains:
+    raise ValueError(f"the pipeline {config.pipeline!r} trains nothing")
+  return trains[-1]
 
 
-def _lower_sampling(config, program, devices):
-  """The engine's own programs, on the mesh of one process: each samples by itself."""
+def _lower_sampling(config: Any, program: str, devices: list[Any]) -> tuple[Any, dict[str, Any]]:
+  """Lowers a program of the engine on the mesh of one process, as each samples by itself."""
   import jax
   import jax.numpy as jnp
 
-  from selfimprove_jax import partitioning
-  from selfimprove_jax.models import llama, unrolled
-  from selfimprove_jax.models.params import abstract_params
-  from selfimprove_jax.sampling import decode, programs, sampler, slots
+  from selfimprove_jax.models import decode_layout
+  from selfimprove_jax.models.llama import abstract_params
+  from selfimprove_jax.runtime import partitioning
+  from selfimprove_jax.sampling import decode, engine
 
-  s = config["synthesis"]
-  model = llama.LlamaConfig(**config["model"])
-  c = unrolled.unroll_config(model)
+  synthesis = config.synthesis
+  c = decode_layout.decode_config(config.model)
   local = [device for device in devices if device.process_index == devices[0].process_index]
-  mesh = partitioning.make_mesh(**s["mesh"], devices=local)
-  B, T = s["num_slots"], max(s["prompt_buckets"])
-  length = T + s["max_new_tokens"]
+  mesh = synthesis.mesh.make(local)
+  B, T = synthesis.num_slots, max(synthesis.prompt_buckets)
+  length = synthesis.max_length
   partitioning.check_batch(B, mesh)
-  compiled = programs.make_programs(c, mesh, steps_per_call=programs.STEPS_PER_CALL)
-  params = abstract_params(llama.Llama(c), mesh)
-  whole = partitioning.replicated(mesh)
-  new_rows = functools.partial(slots.new_rows, [], eos_ids=(0,), pad_id=0)
-  rows, cache = jax.eval_shape(functools.partial(compiled.make, length=length), new_rows(B))
-  rows, cache = _laid(rows, whole), _laid(cache, programs.cache_sharding(mesh))
+  programs = decode.make_programs(c, mesh)
+  params = abstract_params(decode_layout.DecodeLlama(c), mesh)
+  new_rows = functools.partial(engine.new_rows, [], eos_ids=(0,), pad_id=0)
+  rows, cache = jax.eval_shape(functools.partial(programs.make, length=length), new_rows(B))
+  rows = _with_sharding(rows, partitioning.replicated(mesh))
+  cache = _with_sharding(cache, decode.cache_sharding(mesh))
   ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-  P = programs.prefill_rows(T, B, mesh, is_padded=True)
+  P = decode.prefill_rows(T, num_slots=B, mesh=mesh, is_padded=True)
   with jax.set_mesh(mesh):
     if program == "prefill":
       words_P4 = jax.ShapeDtypeStruct((P, 4), jnp.uint32)
       arguments = (new_rows(P), words_P4, ints((P,)), ints((P, T)), ints((P,)))
-      lowered = compiled.admit.lower(params, rows, cache, *arguments)
+      lowered = programs.admit.lower(params, rows, cache, *arguments)
     else:
-      features = decode.Features(truncates=sampler.SamplingConfig(**s["sampling"]).truncates)
-      lowered = compiled.draw.lower(
+      features = decode.Features(truncates=synthesis.sampling.truncates)
+      lowered = programs.draw.lower(
         params, rows, cache, decode.Extras(), ints(()), features=features
       )
   # A prefill makes no logits. A token at the end of a full cache attends to all of it, not half.
-  flops = P * T * (model.forward_flops_per_token(T) - 2 * model.vocab_size * model.embed_dim)
+  flops = P * T * (c.forward_flops_per_token(T) - 2 * c.vocab_size * c.embed_dim)
   if program == "decode":
-    flops = B * model.forward_flops_per_token(2 * length)
-  known = {
+    flops = B * c.forward_flops_per_token(2 * length)
+  facts = {
     "batch": [P, T] if program == "prefill" else [B, 1],
     "cache_length": length,
     "model_flops": flops / len(local),
     "state_bytes_whole": _bytes(params),
     "state_bytes": _bytes(params, sharded=True),
   }
-  return lowered, _describe(known, c, mesh)
+  return lowered, _describe(facts, c, mesh)
 
 
-def _describe(known, model, mesh):
+def _describe(facts: dict[str, Any], model: Any, mesh: Any) -> dict[str, Any]:
   shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
   names = ("num_layers", "remat", "attention")
-  return {**known, "mesh": shape, **{name: getattr(model, name) for name in names}}
+  return {**facts, "mesh": shape, **{name: getattr(model, name) for name in names}}
 
 
-def _laid(tree, sharding):
+def _with_sharding(tree: Any, sharding: Any) -> Any:
   import jax
 
   return jax.tree.map(
@@ -237,7 +234,7 @@ def _laid(tree, sharding):
   )
 
 
-def _bytes(tree, *, sharded=False):
+def _bytes(tree: Any, *, sharded: bool = False) -> int:
   import jax
 
   return sum(
@@ -248,17 +245,17 @@ def _bytes(tree, *, sharded=False):
 
 
 def compile_and_measure(lowered: Any, *, hbm_bytes: float, fast: bool = False) -> dict[str, Any]:
-  """Compiles; bytes and FLOPs of one device, collectives, seconds, and whether it fits.
+  """Compiles a program; returns one device's bytes and FLOPs, and the collectives.
 
-  `peak_bytes` is arguments, results that are not written over them, temporaries and code together.
-  XLA's FLOPs count a loop's body once and a kernel not at all.
+  `peak_bytes` adds up arguments, results that do not reuse their buffers, temporaries and code.
+  XLA's FLOPs count the body of a loop once and a kernel not at all.
 
   Args:
-    fast: with little optimization, and without the options of `xla_options`.
+    fast: compile with little optimization, and without the options of `xla_options`.
   """
   import jax
 
-  from selfimprove_jax import xla_options
+  from selfimprove_jax.runtime import xla_options
   from tools import hlo_collectives
 
   began = time.monotonic()
@@ -293,20 +290,20 @@ def compile_and_measure(lowered: Any, *, hbm_bytes: float, fast: bool = False) -
 
 
 def compile_for(
-  config: dict[str, Any],
+  config: Any,
   topology: str,
   *,
   slices: int = 1,
-  layers: int | None = None,
   what: Sequence[str] | None = None,
   fast: bool = False,
   on_program: Callable[[str, dict[str, Any]], None] = lambda program, found: None,
 ) -> dict[str, Any]:
-  """Every program of `what`, compiled for a topology.
+  """Compiles programs of a config for a topology.
 
   Args:
-    what: None for all of `programs_of`.
-    on_program: told of each program, as soon as it is compiled.
+    config: the `Config` of a pipeline.
+    what: the programs; None for all of `programs_of`.
+    on_program: called with each program as soon as it is compiled.
 
   Raises:
     ValueError: see `topology_devices` and `lower`.
@@ -314,14 +311,12 @@ def compile_for(
   devices = topology_devices(topology, slices=slices)
   chip, _, shape = topology.partition(":")
   num_chips = slices * math.prod(map(int, shape.split("x")))
-  if layers is not None:
-    config = {**config, "model": {**config["model"], "num_layers": layers}}
   programs = {}
   for program in what or programs_of(config):
-    lowered, known = lower(config, program, devices)
+    lowered, facts = lower(config, program, devices)
     # A v4 chip is two devices, each with half its memory.
     hbm_bytes = CHIPS[chip][0] * 1e9 * num_chips / len(devices)
-    programs[program] = {**known, **compile_and_measure(lowered, hbm_bytes=hbm_bytes, fast=fast)}
+    programs[program] = {**facts, **compile_and_measure(lowered, hbm_bytes=hbm_bytes, fast=fast)}
     on_program(program, programs[program])
   import jax
 
@@ -337,7 +332,7 @@ def compile_for(
 
 
 def describe(program: str, found: dict[str, Any]) -> str:
-  """A few lines on one program, for people."""
+  """Formats a compiled program as a few lines of text."""
   gb = 1e9
   lines = [
     f"{program}: batch {found['batch']}, mesh {found['mesh']}, {found['num_layers']} layers, "
@@ -360,17 +355,29 @@ def describe(program: str, found: dict[str, Any]) -> str:
   return "\n".join([*lines, f"  compiled in {found['compile_seconds']} s"])
 
 
+def define_flags() -> None:
+  """Defines the flags; not on import, since `selfimprove_jax.main` has a flag `config` too."""
+  config_flags.DEFINE_config_file("config", None, "Page of the run.", lock_config=True)
+  flags.DEFINE_string("topology", None, "Chip and shape of the pod, such as v5p:8x8x8.")
+  flags.DEFINE_integer(
+    "slices", 1, "Number of pods, joined by a data center's network.", lower_bound=1
+  )
+  flags.DEFINE_integer("layers", None, "Compile the model with this many layers.")
+  flags.DEFINE_bool("fast", False, "Compile with little optimization, in a fifth of the time.")
+  flags.DEFINE_list("what", None, f"Some of {PROGRAMS}; default: all of the config.")
+
+
 def main(argv: list[str]) -> None:
-  if len(argv) > 1 or _CONFIG.value is None or _TOPOLOGY.value is None:
-    raise app.UsageError("give --config and --topology, and nothing without a flag")
+  given = flags.FLAGS
+  if len(argv) > 1 or given.config is None or given.topology is None:
+    raise app.UsageError("--config and --topology are required, and there are no other arguments")
   try:
     found = compile_for(
-      _CONFIG.value.to_dict(),
-      _TOPOLOGY.value,
-      slices=_SLICES.value,
-      layers=_LAYERS.value,
-      what=_WHAT.value,
-      fast=_FAST.value,
+      load(given.config.to_dict(), layers=given.layers),
+      given.topology,
+      slices=given.slices,
+      what=given.what,
+      fast=given.fast,
       on_program=lambda program, measured: print(describe(program, measured), flush=True),
     )
   except (ValueError, ImportError) as error:
@@ -380,5 +387,6 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   prepare_environment()
-  sys.path[0] = str(_REPO)  # instead of tools/, so that both are found as they are elsewhere
+  sys.path[0] = str(_REPO)  # instead of tools/: modules are found as in other programs
+  define_flags()
   app.run(main)

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program, from XLA's text of it: how often, and how many bytes."""
+"""Counts the collectives of a compiled program, and their bytes, from its HLO text."""
 
 import collections
 import re
@@ -24,17 +24,16 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def count(hlo: str) -> dict[str, dict[str, int]]:
-  """Kind -> {"count", "bytes"} of one device in one run of the program.
+  """Returns kind -> {"count", "bytes"} of one device in one run of the program.
 
-  Bytes are those of the whole array that a collective is about: what an all-gather gives, what a
-  reduce-scatter or all-reduce takes. What stands in a loop counts as often as the loop runs where
-  XLA says how often, or its condition compares a counter with a constant, as that of `lax.scan`
-  does; else once.
+  Bytes are those of the whole array: the result of an all-gather, the operand of a reduce-scatter
+  or all-reduce. A collective in a loop counts once per iteration, if XLA states the trip count or
+  the loop's condition compares a counter with a constant, as that of `lax.scan` does; else once.
   """
   computations, entry = _parse(hlo)
   totals: dict[str, dict[str, int]] = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
 
-  def add(name, times):
+  def add(name: str, times: int) -> None:
     for kind, num_bytes in computations[name].collectives:
       totals[kind]["count"] += times
       totals[kind]["bytes"] += times * num_bytes
@@ -49,16 +48,16 @@ def count(hlo: str) -> dict[str, dict[str, int]]:
 
 
 class _Computation:
-  """What of a computation matters: its collectives, whom it calls, and its trips as a condition."""
+  """A computation's collectives and calls; as the condition of a loop, also its trip count."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self.collectives: list[tuple[str, int]] = []
     self.calls: list[str] = []
     self.loops: list[tuple[int | None, str, str]] = []
     self.trips = 1
 
 
-def _parse(hlo):
+def _parse(hlo: str) -> tuple[dict[str, _Computation], str]:
   computations: dict[str, _Computation] = {}
   entry, current, sizes, constants = "", _Computation(), {}, {}
   for line in hlo.splitlines():
@@ -75,11 +74,12 @@ def _parse(hlo):
       if root and opcode == "compare" and "direction=LT" in rest and operands[-1] in constants:
         current.trips = constants[operands[-1]]
       if (kind := opcode.removesuffix("-start")) in KINDS:
-        taken = sum(sizes.get(operand, 0) for operand in operands)
-        given = sizes[result] - (taken if opcode.endswith("-start") else 0)
-        # XLA for TPUs writes a reduce-scatter as a fusion of an all-reduce with a slice.
+        operand_bytes = sum(sizes.get(operand, 0) for operand in operands)
+        # An async start returns its operands next to its results.
+        result_bytes = sizes[result] - (operand_bytes if opcode.endswith("-start") else 0)
+        # XLA for TPUs expresses a reduce-scatter as a fusion of an all-reduce with a slice.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-        current.collectives.append((kind, max(taken, given)))
+        current.collectives.append((kind, max(operand_bytes, result_bytes)))
       if opcode == "while":
         condition, body = _LOOP.search(rest).groups()
         trips = int(known[1]) if (known := _TRIPS.search(rest)) else None
@@ -91,7 +91,7 @@ def _parse(hlo):
   return computations, entry
 
 
-def _bytes(shape):
+def _bytes(shape: str) -> int:
   total = 0
   for dtype, dims in _SHAPE.findall(shape):
     size = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])

@@ -1,13 +1,14 @@
 """How much of SBP's training tokens should be synthetic: three shares, each with two seeds."""
 
-from experiments.launcher.experiment import Experiment
-from experiments.launcher.resource import cpu
+from selfimprove_jax.launch.experiment import Experiment
+from selfimprove_jax.launch.resource import cpu
 
-# The config samples 43% of the training tokens, so that no share repeats the synthetic text.
+# The config samples 43% of the training tokens, so no share repeats the synthetic text.
 _SHARES = (0.125, 0.25, 0.375)
 
 
 def get_experiment() -> Experiment:
+  """Returns the sweep: synthetic shares of SBP and of unconditional samples, times seeds."""
   return Experiment(
     name="sbp_share",
     config="configs/sbp_quick.py",

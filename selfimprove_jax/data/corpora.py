@@ -1,6 +1,6 @@
-"""Where documents come from: each source is a generator of `Document` in a fixed order.
+"""Sources of documents: a config section for each kind, and the reader that it configures.
 
-Ids and groups never hold an absolute path, so the same text gives the same split on any machine.
+Ids and groups contain no absolute path, so that a corpus is split the same way on every machine.
 """
 
 import ast
@@ -17,15 +17,19 @@ import pathlib
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import Field
+
+from selfimprove_jax.runtime.config import section
 
 _LEFT_OUT_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One document; documents of one group (book, module) are never parted by a split."""
+  """A document; a split never separates the documents of one group (a book, a module)."""
 
   id: str
   group: str
@@ -33,91 +37,128 @@ class Document:
 
 
 class CorpusError(ValueError):
-  """A source is missing, or holds a record that is no document."""
+  """A source is missing, or one of its records is not a document."""
+
+
+@section
+class DocstringsConfig:
+  """Selects documentation strings of installed packages.
+
+  Attributes:
+    packages: top-level import names; "stdlib" is the standard library. Empty selects the standard
+      library and every installed package except this one.
+    min_chars: shorter texts are left out; their indentation does not count.
+    max_chars: longer texts are left out; None keeps all.
+  """
+
+  kind: Literal["docstrings"] = "docstrings"
+  packages: tuple[str, ...] = ()
+  min_chars: Annotated[int, Field(ge=0)] = 400
+  max_chars: Annotated[int, Field(ge=1)] | None = None
+
+
+@section
+class JsonlConfig:
+  """Selects records of JSON-lines files: plain, `.gz` or `.zst`.
+
+  Attributes:
+    paths: paths or glob patterns; `**` matches nested folders.
+    id_field: None makes ids of the form "file:line".
+    group_field: the field that holds the group (a book, a site); None makes each document its own
+      group.
+  """
+
+  kind: Literal["jsonl"] = "jsonl"
+  paths: Annotated[tuple[str, ...], Field(min_length=1)]
+  text_field: str = "text"
+  id_field: str | None = "id"
+  group_field: str | None = None
+
+
+@section
+class TextFolderConfig:
+  """Selects the files of a folder, one document each."""
+
+  kind: Literal["text_folder"] = "text_folder"
+  folder: str
+  pattern: str = "**/*.txt"
+
+
+@section
+class HuggingFaceConfig:
+  """Selects the records of a Hugging Face dataset (needs the extra `hub`).
+
+  Attributes:
+    name: a name on the hub, or a local folder.
+    config_name: the dataset's configuration; None for its default.
+    streaming: read records as they arrive instead of downloading the whole dataset first.
+  """
+
+  kind: Literal["huggingface"] = "huggingface"
+  name: str
+  split: str = "train"
+  text_field: str = "text"
+  config_name: str | None = None
+  streaming: bool = True
+
+
+SourceConfig = Annotated[
+  DocstringsConfig | JsonlConfig | TextFolderConfig | HuggingFaceConfig,
+  Field(discriminator="kind"),
+]
 
 
 def _raise(message: str) -> None:
   raise CorpusError(message)
 
 
-def read_corpus(
-  source: str,
-  *,
-  on_error: str = "raise",
-  on_rejected: Callable[[str], None] | None = None,
-  **options: Any,
+def read_documents(
+  source: SourceConfig, *, on_bad: Callable[[str], None] = _raise
 ) -> Iterator[Document]:
-  """Documents of a source: "docstrings", "jsonl", "text_folder" or "huggingface".
+  """Yields the documents of a source in a fixed order.
 
   Args:
-    on_error: "raise" ends at the first bad record; "skip" leaves it out and reports it.
-    on_rejected: Called with one message (file, line, fault) for each record left out.
-    options: The arguments of the function of that name.
+    on_bad: called with a message (file, line, fault) for each record that is not a document; the
+      record is left out if it returns.
 
   Raises:
-    ValueError: unknown source or `on_error`, or "skip" with nobody to report to.
-    CorpusError: while iterating; see the functions.
+    CorpusError: while iterating: the source is missing; or, by default, a record is bad.
   """
-  if source not in _READERS:
-    raise ValueError(f"unknown corpus source {source!r}; known are {sorted(_READERS)}")
-  if on_error not in ("raise", "skip"):
-    raise ValueError(f"on_error is {on_error!r}; it is 'raise' or 'skip'")
-  if on_error == "skip":
-    if on_rejected is None:
-      raise ValueError("on_error='skip' needs on_rejected, so that no record is lost unseen")
-    if source != "docstrings":  # which has no records that could be bad
-      options["on_bad"] = on_rejected
-  return _READERS[source](**options)
+  match source:
+    case DocstringsConfig():
+      return docstrings(source)
+    case JsonlConfig():
+      return jsonl(source, on_bad=on_bad)
+    case TextFolderConfig():
+      return text_folder(source, on_bad=on_bad)
+    case _:
+      return huggingface(source, on_bad=on_bad)
 
 
-def docstrings(
-  packages: Sequence[str] = (), *, min_chars: int = 400, max_chars: int | None = None
-) -> Iterator[Document]:
-  """Documentation strings of installed packages, in order of package, file and line.
+def docstrings(config: DocstringsConfig) -> Iterator[Document]:
+  """Yields documentation strings in order of package, file and line; groups are module files.
 
-  Files are parsed, never imported; files that are not valid Python, and folders named test or
-  tests, are passed over. The group of a document is its module file.
-
-  Args:
-    packages: Top-level import names; "stdlib" is the standard library. Empty means the standard
-      library and every installed package but this one.
-    min_chars: Shorter texts are left out, counted without their indentation.
-    max_chars: Longer texts are left out.
+  Files are parsed, never imported. Skips invalid Python and folders named test or tests.
 
   Raises:
     CorpusError: a package is not installed.
   """
-  for package in sorted(set(packages)) if packages else _installed_packages():
+  low, high = config.min_chars, config.max_chars
+  for package in sorted(set(config.packages)) or _installed_packages():
     for name, path in sorted(_python_files(package).items()):
       for qualified_name, text in _docstrings_of_file(path):
-        if len(text) >= min_chars and (max_chars is None or len(text) <= max_chars):
+        if low <= len(text) and (high is None or len(text) <= high):
           yield Document(f"{name}:{qualified_name}", name, text)
 
 
-def jsonl(
-  paths: str | Sequence[str],
-  *,
-  text_field: str = "text",
-  id_field: str | None = "id",
-  group_field: str | None = None,
-  on_bad: Callable[[str], None] = _raise,
-) -> Iterator[Document]:
-  """Records of JSON-lines files (plain, `.gz` or `.zst`), in order of path and line.
-
-  Args:
-    paths: Paths or glob patterns (`**` goes into folders). Blank lines are passed over.
-    id_field: None gives ids "file:line".
-    group_field: The field whose value is the group (a book, a site); None makes each document a
-      group of its own.
-    on_bad: Called with a message for a bad record; the record is left out if it returns.
+def jsonl(config: JsonlConfig, *, on_bad: Callable[[str], None] = _raise) -> Iterator[Document]:
+  """Yields the records of JSON-lines files in order of path and line; skips blank lines.
 
   Raises:
-    CorpusError: no file matches; or, by the default of `on_bad`, a line is not UTF-8, does not
-      parse, or lacks a field.
+    CorpusError: no file matches; or, by default, a line is not UTF-8, is not JSON or lacks a field.
   """
-  patterns = [paths] if isinstance(paths, str) else list(paths)
   files = set()
-  for pattern in patterns:
+  for pattern in config.paths:
     matches = [m for m in glob.glob(pattern, recursive=True) if os.path.isfile(m)]
     if not matches:
       raise CorpusError(f"no file matches {pattern!r}")
@@ -128,9 +169,9 @@ def jsonl(
     for number, line in _numbered_lines(file, on_bad):
       try:
         record = json.loads(line.decode("utf-8"))
-        text = _field(record, text_field)
-        id_ = f"{name}:{number}" if id_field is None else _field(record, id_field)
-        group = id_ if group_field is None else _field(record, group_field)
+        text = _field(record, config.text_field)
+        id_ = f"{name}:{number}" if config.id_field is None else _field(record, config.id_field)
+        group = id_ if config.group_field is None else _field(record, config.group_field)
       except ValueError as error:
         on_bad(f"{file}, line {number}: {_fault(error)}")
       else:
@@ -138,17 +179,17 @@ def jsonl(
 
 
 def text_folder(
-  folder: str, *, pattern: str = "**/*.txt", on_bad: Callable[[str], None] = _raise
+  config: TextFolderConfig, *, on_bad: Callable[[str], None] = _raise
 ) -> Iterator[Document]:
-  """One document a file, in order of path; its group is the folder that holds it.
+  """Yields one document per file in order of path; its group is its folder.
 
   Raises:
-    CorpusError: no file matches; or, by the default of `on_bad`, a file is not UTF-8.
+    CorpusError: no file matches; or, by default, a file is not UTF-8.
   """
-  root = pathlib.Path(folder)
-  files = sorted(path for path in root.glob(pattern) if path.is_file())
+  root = pathlib.Path(config.folder)
+  files = sorted(path for path in root.glob(config.pattern) if path.is_file())
   if not files:
-    raise CorpusError(f"no file of {folder} matches {pattern!r}")
+    raise CorpusError(f"no file of {config.folder} matches {config.pattern!r}")
   for path in files:
     try:
       text = path.read_bytes().decode("utf-8")
@@ -160,19 +201,12 @@ def text_folder(
 
 
 def huggingface(
-  name: str,
-  *,
-  split: str = "train",
-  text_field: str = "text",
-  config_name: str | None = None,
-  streaming: bool = True,
-  on_bad: Callable[[str], None] = _raise,
+  config: HuggingFaceConfig, *, on_bad: Callable[[str], None] = _raise
 ) -> Iterator[Document]:
-  """Records of a Hugging Face dataset, each a group of its own; ids are "name:split:index".
+  """Yields the records of a Hugging Face dataset, each its own group; ids are "name:split:index".
 
   Raises:
-    CorpusError: `datasets` is not installed; or, by the default of `on_bad`, a record has no
-      such text.
+    CorpusError: the package `datasets` is not installed; or, by default, a record has no text.
   """
   try:
     import datasets
@@ -180,27 +214,21 @@ def huggingface(
     raise CorpusError(
       "the source 'huggingface' needs the package `datasets`: pip install 'selfimprove_jax[hub]'"
     ) from error
-  records = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+  records = datasets.load_dataset(
+    config.name, config.config_name, split=config.split, streaming=config.streaming
+  )
   for index, record in enumerate(records):
-    id_ = f"{name}:{split}:{index}"
+    id_ = f"{config.name}:{config.split}:{index}"
     try:
-      text = _field(record, text_field)
+      text = _field(record, config.text_field)
     except ValueError as error:
-      on_bad(f"{name}, split {split}, record {index}: {_fault(error)}")
+      on_bad(f"{config.name}, split {config.split}, record {index}: {_fault(error)}")
     else:
       yield Document(id_, id_, text)
 
 
-_READERS = {
-  "docstrings": docstrings,
-  "jsonl": jsonl,
-  "text_folder": text_folder,
-  "huggingface": huggingface,
-}
-
-
 def _field(record: Any, field: str) -> str:
-  """The text in a field; numbers serve as ids and groups."""
+  """Returns a field as text; an integer, which may be an id or a group, is converted."""
   if not isinstance(record, dict) or field not in record:
     have = sorted(record) if isinstance(record, dict) else type(record).__name__
     raise CorpusError(f"no field {field!r}; the record has {have}")
@@ -209,11 +237,12 @@ def _field(record: Any, field: str) -> str:
     value = str(value)
   if not isinstance(value, str):
     raise CorpusError(f"field {field!r} is {type(value).__name__}, not text")
-  value.encode("utf-8")  # JSON can spell half a surrogate pair, which no UTF-8 file can hold
+  value.encode("utf-8")  # raises for half a surrogate pair: JSON can spell it, UTF-8 cannot
   return value
 
 
 def _fault(error: ValueError) -> str:
+  """Describes what is wrong with a record."""
   if isinstance(error, UnicodeDecodeError):
     return f"not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x})"
   if isinstance(error, UnicodeEncodeError):
@@ -224,6 +253,7 @@ def _fault(error: ValueError) -> str:
 
 
 def _numbered_lines(file: str, on_bad: Callable[[str], None]) -> Iterator[tuple[int, bytes]]:
+  """Yields the lines of a file that are not blank, with their numbers from 1."""
   number = 0
   try:
     with contextlib.ExitStack() as stack:
@@ -241,9 +271,10 @@ def _numbered_lines(file: str, on_bad: Callable[[str], None]) -> Iterator[tuple[
 
 
 def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
-  """Lines of a file of zstd frames; EOFError where the last frame is cut short.
+  """Yields the lines of a file of zstd frames.
 
-  `zstandard`'s own stream readers end quietly there.
+  Raises:
+    EOFError: the last frame is truncated, which `zstandard`'s own stream readers do not report.
   """
   import zstandard
 
@@ -261,13 +292,14 @@ def _zstd_lines(file: BinaryIO) -> Iterator[bytes]:
       chunk = frame.unused_data
       frame = None if frame.eof else frame
   if frame is not None:
-    raise EOFError("the last zstd frame is cut short")
+    raise EOFError("the last zstd frame is truncated")
   if tail:
     yield tail
 
 
 def _installed_packages() -> list[str]:
-  own = __name__.partition(".")[0]
+  """Returns "stdlib" and the import names of all installed packages but this one."""
+  own = __name__.partition(".")[0]  # or the corpus would change with our own code
   names = {
     name
     for name in importlib.metadata.packages_distributions()
@@ -277,13 +309,13 @@ def _installed_packages() -> list[str]:
 
 
 def _python_files(package: str) -> dict[str, pathlib.Path]:
-  """Name ("numpy/linalg/_linalg.py") -> path, of each Python file of a package."""
+  """Maps names ("numpy/linalg/_linalg.py") to paths, for each Python file of a package."""
   if package == "stdlib":
     roots = [pathlib.Path(sysconfig.get_path("stdlib"))]
   else:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None:
-      raise CorpusError(f"package {package!r} is not installed here; name import names or 'stdlib'")
+      raise CorpusError(f"package {package!r} is not installed; give import names, or 'stdlib'")
     if spec.submodule_search_locations is None:
       path = pathlib.Path(spec.origin or "")
       return {path.name: path} if path.suffix == ".py" else {}
@@ -298,12 +330,13 @@ def _python_files(package: str) -> dict[str, pathlib.Path]:
 
 
 def _docstrings_of_file(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """Yields (qualified name, text) for each documentation string of a file."""
   source = path.read_bytes()
   if b'"""' not in source and b"'''" not in source:
-    return  # spares the parser most files; a text of one line is never long
+    return  # avoids parsing most files; one-line strings are too short to keep
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore")  # odd escapes in other people's strings
+      warnings.simplefilter("ignore")  # invalid escapes in other people's strings
       tree = ast.parse(source)
   except (SyntaxError, ValueError):  # ValueError: a null byte, before Python 3.11.4
     return
@@ -312,7 +345,7 @@ def _docstrings_of_file(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     try:
       text.encode("utf-8")
     except UnicodeEncodeError:
-      continue  # a docstring about surrogates that holds one
+      continue  # it contains a lone surrogate, which UTF-8 cannot encode
     seen[name] = seen.get(name, 0) + 1  # a property's getter and setter share a name
     yield (name if seen[name] == 1 else f"{name}@{seen[name]}"), text
 

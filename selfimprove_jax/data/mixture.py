@@ -1,7 +1,8 @@
-"""Batches from several sources of rows by weight; the whole state of the data is the step.
+"""Draws batches from several sources of rows by weight; the state of the data is the step.
 
-Batch `step` is a function of the sources, weights, seed and step alone. Every host computes its own
-part of it, and the parts laid end to end are the same rows for any number of hosts.
+Batch `step` depends on the sources, weights, seed and step alone, so a resumed run needs no saved
+iterator. Every process computes its own part; the parts in order are the same rows for any number
+of processes.
 """
 
 import collections
@@ -18,18 +19,18 @@ from jaxtyping import Int64
 
 from selfimprove_jax.data import packing, rows
 
-# grain's shuffle needs no memory, but walks through 2**16 numbers for one of fewer rows.
+# grain's shuffle needs no memory, but its cost per row is that of 2**16 rows where there are fewer.
 _SORTED_BELOW = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-  """A source of rows and its share.
+  """A source of rows and its share of a mixture.
 
   Attributes:
-    weight: Rows drawn from it are this over the sum of all weights.
-    repeat: Begin again, in another order, when all rows were seen; else the mixture may never ask
-      for more rows than there are.
+    weight: its share of the rows is this divided by the sum of all weights.
+    repeat: start again, in another order, when all rows were drawn. Otherwise a mixture that needs
+      more rows than there are is refused.
   """
 
   name: str
@@ -39,7 +40,11 @@ class Component:
 
 
 class Mixture:
-  """`num_steps` batches of `batch_size` rows drawn from components."""
+  """Draws `num_steps` batches of `batch_size` rows from components.
+
+  Ours instead of grain's `MapDataset.mix`: shares are exact, the rows that a run needs are known
+  before it starts, and loading is four times as fast (benchmarks/data.md).
+  """
 
   def __init__(
     self,
@@ -51,24 +56,25 @@ class Mixture:
     process_index: int = 0,
     process_count: int = 1,
   ):
-    """Checks that there are rows enough; reads none.
+    """Checks that there are enough rows, without reading any.
 
-    Each component is shuffled by the seed and its name, anew in every pass.
+    The seed and a component's name determine its order, which differs from pass to pass.
 
     Args:
-      batch_size: Rows of a step over all hosts.
-      num_steps: Steps of the run; a longer run begins with the same batches.
-      process_index: This host, which gets that part of each batch, of `process_count`.
+      batch_size: rows per step over all processes.
+      num_steps: steps of the run; a longer run begins with the same batches.
+      process_index: which of the `process_count` equal parts of each batch to make.
 
     Raises:
-      ValueError: a component that may not repeat has fewer rows than its share of the run; or
-        components are empty, of different row lengths, of one name or without positive weight;
-        or the batch does not divide over the hosts.
+      ValueError: a component that may not repeat has fewer rows than its share of the run;
+        components are empty, share a name, differ in row length or have no positive weight; or the
+        batch does not divide over the processes.
     """
     _check_components(components)
     if batch_size % process_count or not 0 <= process_index < process_count:
       raise ValueError(
-        f"batch_size {batch_size} must divide over {process_count} hosts; this is {process_index}"
+        f"batch_size={batch_size} must divide over {process_count} processes, of which this is "
+        f"number {process_index}"
       )
     self.components = tuple(components)
     self.batch_size = batch_size
@@ -80,13 +86,14 @@ class Mixture:
     self._seeds = [_seed32(seed, component.name) for component in components]
 
   def batch(self, step: int) -> packing.Batch:
-    """This host's rows of a step.
+    """Returns this process's rows of a step.
 
     Raises:
-      IndexError: the step is not one of the run's.
+      IndexError: the run has no such step.
     """
     if not 0 <= step < self.num_steps:
       raise IndexError(f"step {step} of a mixture of {self.num_steps} steps")
+    # Positions count the rows of the whole run, step by step, and in a step process by process.
     process_index, process_count = self._process
     begin = (step * process_count + process_index) * self._rows_per_process
     turns, numbers = self._turns.between(begin, begin + self._rows_per_process)
@@ -99,14 +106,15 @@ class Mixture:
   def iterate(
     self, start_step: int, *, num_steps: int, prefetch: int = 2
   ) -> Iterator[tuple[int, packing.Batch]]:
-    """(step, batch) of `num_steps` steps from `start_step`, made ahead in one thread.
+    """Yields (step, batch) for `num_steps` steps from `start_step`, prefetched by one thread.
 
-    An error in a batch is raised when its step is due. The thread ends with the iterator, also
-    when that is closed early.
+    An error in a batch is raised when its step is due. The thread ends with the iterator, even if
+    that is closed early.
 
     Args:
-      prefetch: Batches made ahead, at least 1.
+      prefetch: batches to make ahead, at least 1.
     """
+    # The next batch is submitted before this one is yielded, so it is made while the step computes.
     ahead = iter(range(start_step, start_step + num_steps))
     with concurrent.futures.ThreadPoolExecutor(1, "mixture") as thread:
       pending = collections.deque(
@@ -123,12 +131,12 @@ class Mixture:
           batch.cancel()
 
   def rows_used(self, num_steps: int) -> dict[str, int]:
-    """Rows drawn from each component, repeats counted, in the first `num_steps` steps."""
+    """Counts the rows drawn from each component in the first `num_steps` steps, with repeats."""
     counts = self._turns.counts(num_steps * self.batch_size)
     return {component.name: count for component, count in zip(self.components, counts)}
 
   def passes(self, num_steps: int) -> dict[str, float]:
-    """How often each component's rows were seen, on average, in the first `num_steps` steps."""
+    """Returns the mean passes over each component's rows in the first `num_steps` steps."""
     used = self.rows_used(num_steps)
     return {c.name: used[c.name] / len(c.source) for c in self.components}
 
@@ -139,34 +147,37 @@ class Mixture:
       if need > have and not component.repeat:
         raise ValueError(
           f"the corpus of {component.name!r} is smaller than the budget asks: {self.num_steps} "
-          f"steps of {self.batch_size} rows need {need} of its rows, there are {have}. Give it "
+          f"steps of {self.batch_size} rows need {need} of its rows, and it has {have}. Give it "
           f"more text, lower its weight ({component.weight}) or the number of steps to "
           f"{have / need:.0%}, or let it repeat"
         )
 
 
 class _Turns:
-  """Whose turn it is: position in the mixture -> (component, number of its row).
+  """Maps a position in the mixture to a component and the number of its row.
 
-  Unlike the weights of grain's `MapDataset.mix`, which are rounded to a percent of the smallest,
-  shares are exact to one in a million, and how many rows each component gives is known beforehand.
+  Shares are exact to one in a million (those of grain's `MapDataset.mix` are rounded to a percent
+  of the smallest), and the rows that each component contributes are known in advance.
   """
 
   def __init__(self, weights: Sequence[float]):
     total = sum(weights)
+    # Integers, since floats would round large positions; at least 1, so that no share rounds to 0.
     self._parts = [max(round(weight / total * 1_000_000), 1) for weight in weights]
 
   def between(self, begin: int, end: int) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
-    """Component and number of its row, for positions from `begin` to before `end`."""
+    """Returns components and row numbers for the positions from `begin` to before `end`."""
+    # Each position adds one row to one component: that is where the counts differ.
     counts_CN = np.stack(self.counts(np.arange(begin, end + 1)))
     components = np.diff(counts_CN).argmax(0)
     return components, counts_CN[components, np.arange(len(components))]
 
   def counts(self, num_rows: int | Int64[np.ndarray, "N"]) -> list[int | Int64[np.ndarray, "N"]]:
-    """Rows of each component among the first `num_rows`.
+    """Counts the rows of each component among the first `num_rows`.
 
-    The first component takes its share of all, rounded up, the second its share of what the
-    first left, and so on: one more row in all is one more row of exactly one component.
+    The first component takes its share of all rows, rounded up, the second its share of the rest,
+    and so on. Hence one more row in total is one more row of exactly one component, and `between`
+    can invert the counts.
     """
     counts, rest, rest_parts = [], num_rows, sum(self._parts)
     for part in self._parts:
@@ -177,35 +188,39 @@ class _Turns:
 
 
 def _shuffled(number: int, num_rows: int, seed: int) -> int:
-  """Number of a component's row -> its index; each pass over the rows is in another order."""
+  """Maps the number of a component's row to its index; each pass has its own order."""
   number_of_pass, number = divmod(number, num_rows)
   if num_rows < _SORTED_BELOW:
-    return int(_sorted_by_chance(num_rows, seed, number_of_pass)[number])
-  # As in grain's `MapDataset.shuffle`, the pass is added to the seed; hence seeds far apart
-  # (`_seed32`), or neighbouring ones would share their orders.
+    return int(_permutation(num_rows, seed, number_of_pass)[number])
+  # As in grain's `MapDataset.shuffle`, the pass is added to the seed. `_seed32` spreads seeds far
+  # apart: with neighboring seeds, one component's second pass would be another's first.
   return grain_experimental.index_shuffle(
     number, max_index=num_rows - 1, seed=(seed + number_of_pass) % 2**32, rounds=4
   )
 
 
 @functools.lru_cache(32)
-def _sorted_by_chance(num_rows: int, seed: int, number_of_pass: int) -> Int64[np.ndarray, "N"]:
-  # numpy promises the same raw bits in every release, but not the same `permutation`.
+def _permutation(num_rows: int, seed: int, number_of_pass: int) -> Int64[np.ndarray, "N"]:
+  # NumPy keeps raw bits the same in every release, but not `permutation`.
   bits = np.random.Philox(key=[seed, number_of_pass]).random_raw(num_rows)
   return bits.argsort(kind="stable")
 
 
 def _seed32(seed: int, name: str) -> int:
+  # By name, so that a component keeps its order when others join or leave the mixture.
   return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=4).digest())
 
 
 def _check_components(components: Sequence[Component]) -> None:
   names = [component.name for component in components]
   if not names or len(set(names)) < len(names):
-    raise ValueError(f"components are named {names}; there must be some, each with its own name")
+    raise ValueError(f"components are named {names}; give at least one, each with its own name")
   for component in components:
     if component.weight <= 0:
-      raise ValueError(f"component {component.name!r} has weight {component.weight}; leave it out")
+      raise ValueError(
+        f"component {component.name!r} has weight {component.weight}; make it positive, or leave "
+        f"the component out"
+      )
     if not len(component.source):
       raise ValueError(f"component {component.name!r} has no rows")
   lengths = {component.name: component.source.seq_len for component in components}

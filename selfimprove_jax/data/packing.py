@@ -1,8 +1,8 @@
-"""Token sequences -> rows of one length that hold several segments each.
+"""Packs token sequences into training rows of one length that hold several segments each.
 
-A segment (a document, a pair, or a piece of one) never sees another: its positions restart at 0,
-and attention takes `segment_ids`. `loss_mask` marks the tokens that are predicted from what stands
-before them in their segment, so the first token of a segment never is.
+Attention does not cross segments (documents, pairs, or pieces of one): their positions restart at 0
+and attention masks by `segment_ids`. `loss_mask` marks the tokens to predict from the tokens before
+them in their segment, so the first token of a segment is never marked.
 """
 
 import bisect
@@ -12,25 +12,26 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
-from selfimprove_jax.data import tokenizer as tokenizer_lib
+from selfimprove_jax.data.tokenizer import Tokenizer
 
 Row = dict[str, Int32[np.ndarray, "T"] | Bool[np.ndarray, "T"]]
-"""int32 tokens, positions (0.. in a segment), segment_ids (1.., 0 is padding); bool loss_mask."""
+"""int32 tokens, positions (from 0 in each segment) and segment_ids (from 1; 0 is padding), and bool
+loss_mask."""
 
 Batch = dict[str, Int32[np.ndarray, "B T"] | Bool[np.ndarray, "B T"]]
-"""Rows, stacked."""
+"""Stacked rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One sequence to train on, and which of its tokens are predicted (never the first)."""
+  """A sequence to train on, and which of its tokens to predict (never the first)."""
 
   tokens: Sequence[int] | Int32[np.ndarray, "N"]
   loss_mask: Sequence[bool] | Bool[np.ndarray, "N"]
 
 
-def document_example(ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer) -> Example:
-  """BOS document EOS, with loss on all but BOS."""
+def document_example(ids: Sequence[int], tokenizer: Tokenizer) -> Example:
+  """Returns BOS document EOS, with loss on everything but BOS."""
   tokens = np.empty(len(ids) + 2, np.int32)
   tokens[0], tokens[1:-1], tokens[-1] = tokenizer.bos_id, ids, tokenizer.eos_id
   loss_mask = np.ones(len(tokens), bool)
@@ -38,10 +39,8 @@ def document_example(ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer) -> 
   return Example(tokens, loss_mask)
 
 
-def pair_example(
-  d1_ids: Sequence[int], d2_ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
-) -> Example:
-  """BOS d1 SEP d2 EOS, with loss on d2 and its EOS (SBP, synthesizer-tuning; arXiv 2509.15248)."""
+def pair_example(d1_ids: Sequence[int], d2_ids: Sequence[int], tokenizer: Tokenizer) -> Example:
+  """Returns BOS d1 SEP d2 EOS, with loss on d2 and EOS (SBP, section 3.1; arXiv 2509.15248)."""
   tokens = [tokenizer.bos_id, *d1_ids, tokenizer.sep_id, *d2_ids, tokenizer.eos_id]
   loss_mask = np.ones(len(tokens), bool)
   loss_mask[: len(d1_ids) + 2] = False
@@ -54,27 +53,30 @@ def pack(
   seq_len: int,
   pad_id: int,
   num_open_rows: int = 32,
-  split_long: bool = True,
 ) -> Iterator[Row]:
-  """Packs a stream of examples, best fit first, into rows of `seq_len` tokens.
+  """Packs a stream of examples into rows of `seq_len` tokens, best fit first.
 
-  An example goes to the open row that it fills best; where none has room, the fullest is given
-  out and a new one begun. So an example waits for others only as long as its row is open.
+  An example goes to the open row that it fills best. If it fits into none, the fullest row is
+  yielded and a new one opened. An example longer than a row is cut into consecutive pieces, each a
+  segment of its own whose first token is not predicted; a last piece of one token is dropped, since
+  it has no token to predict.
 
   Args:
-    num_open_rows: More waste less padding; 1 keeps the order of the examples.
-    split_long: Cut a longer example into consecutive pieces, each a segment of its own, whose
-      first token is not predicted; a last piece of one token, with nothing to predict, is left
-      out. False refuses it instead.
+    num_open_rows: more rows waste less padding; 1 keeps the order of the examples.
 
   Raises:
-    ValueError: an example is empty, its mask is of another length, or it is too long while
-      `split_long` is False; or `seq_len` is below 2.
+    ValueError: an example is empty, or its mask has another length; or `seq_len` is below 2.
   """
+  # Ours instead of grain's `BestFitPackIterDataset`, which yields all open rows when an example
+  # fits into none and so pads twice as much, at a tenth of the speed (benchmarks/data.md).
   if seq_len < 2 or num_open_rows < 1:
-    raise ValueError(f"seq_len is {seq_len} (at least 2), num_open_rows {num_open_rows} (1)")
-  open_rows: list[_OpenRow] = []  # the fullest first, of equally full ones the oldest
-  for number, (tokens, loss_mask) in enumerate(_pieces(examples, seq_len, split_long)):
+    raise ValueError(
+      f"seq_len={seq_len} must be at least 2, num_open_rows={num_open_rows} at least 1"
+    )
+  # Sorted by free space, then age: the first row with room for an example is the one that it fills
+  # best, found in log time, and the oldest of equally full ones.
+  open_rows: list[_OpenRow] = []
+  for number, (tokens, loss_mask) in enumerate(_pieces(examples, seq_len)):
     best = bisect.bisect_left(open_rows, len(tokens), key=_free)
     if best < len(open_rows):
       row = open_rows.pop(best)
@@ -83,10 +85,11 @@ def pack(
         yield open_rows.pop(0).arrays
       row = _OpenRow(seq_len, pad_id, number)
     row.add(tokens, loss_mask)
-    if row.free < 2:  # no segment is shorter
+    if row.free < 2:  # no segment is shorter than two tokens
       yield row.arrays
     else:
       bisect.insort(open_rows, row, key=_free_and_age)
+  # Whatever is left, in the order in which the rows were opened.
   for row in sorted(open_rows, key=_age):
     yield row.arrays
 
@@ -94,8 +97,12 @@ def pack(
 def layout(
   lengths: Sequence[Integer[np.ndarray, "_"]], seq_len: int
 ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
-  """Positions and segment ids of rows whose segments are so long; what is left is padding."""
-  num_parts = np.array([len(row) + 1 for row in lengths])  # the last is padding, maybe of no token
+  """Returns positions and segment ids of rows from the lengths of their segments.
+
+  The rest of a row is padding. Works on all rows of a batch at once, without a Python loop.
+  """
+  # Each row is its segments and one part of padding, possibly empty; parts of all rows in a line.
+  num_parts = np.array([len(row) + 1 for row in lengths])
   last = np.cumsum(num_parts) - 1
   first = last + 1 - num_parts
   sizes = np.zeros(num_parts.sum(), np.int64)
@@ -105,6 +112,7 @@ def layout(
   sizes[last] = seq_len - np.add.reduceat(sizes, first)
   starts = np.cumsum(sizes) - sizes
   segment_ids = np.repeat(ids.astype(np.int32), sizes)
+  # Places in the line minus the start of the own part; padding has position 0.
   positions = np.arange(len(segment_ids), dtype=np.int32)
   positions -= np.repeat(starts.astype(np.int32), sizes)
   positions *= segment_ids > 0
@@ -112,7 +120,7 @@ def layout(
 
 
 def row_counts(row: Row) -> dict[str, int]:
-  """Of one row: records (1), tokens, targets (predicted tokens) and padding."""
+  """Counts a row's records (1), tokens, targets (tokens to predict) and padding."""
   tokens = int(np.count_nonzero(row["segment_ids"]))
   return {
     "records": 1,
@@ -122,20 +130,15 @@ def row_counts(row: Row) -> dict[str, int]:
   }
 
 
-def _pieces(
-  examples: Iterable[Example], seq_len: int, split_long: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pieces(examples: Iterable[Example], seq_len: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields tokens and loss mask of every segment."""
   for index, example in enumerate(examples):
     tokens = np.asarray(example.tokens, np.int32)
     loss_mask = np.asarray(example.loss_mask, bool)
     if not len(tokens) or len(tokens) != len(loss_mask):
       raise ValueError(
-        f"example {index} has {len(tokens)} tokens and a loss mask of {len(loss_mask)}; they must "
-        f"be as many, and not none"
-      )
-    if len(tokens) > seq_len and not split_long:
-      raise ValueError(
-        f"example {index} has {len(tokens)} tokens, a row {seq_len}: shorten it or raise seq_len"
+        f"example {index} has {len(tokens)} tokens and a loss mask of {len(loss_mask)}; it must "
+        f"have as many of both, and at least one"
       )
     for start in range(0, len(tokens), seq_len):
       piece = slice(start, start + seq_len)
@@ -144,7 +147,7 @@ def _pieces(
 
 
 class _OpenRow:
-  """A row with room left."""
+  """A row with room for more segments."""
 
   def __init__(self, seq_len: int, pad_id: int, age: int):
     self.arrays = {
@@ -166,7 +169,7 @@ class _OpenRow:
     self.arrays["positions"][span] = np.arange(len(tokens), dtype=np.int32)
     self.arrays["segment_ids"][span] = self._num_segments
     self.arrays["loss_mask"][span] = loss_mask
-    self.arrays["loss_mask"][begin] = False
+    self.arrays["loss_mask"][begin] = False  # nothing precedes the first token of a segment
 
 
 def _free(row: _OpenRow) -> int:

@@ -1,4 +1,4 @@
-"""Word shingles: the one notion of overlap that splitting, pairing and filtering share."""
+"""Word shingles, which splitting, pairing and filtering compare texts by."""
 
 import hashlib
 import re
@@ -7,23 +7,21 @@ _WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> list[str]:
-  """Lower-cased runs of letters, digits and underscores."""
+  """Returns the lower-cased runs of letters, digits and underscores."""
   return _WORD.findall(text.lower())
 
 
 def word_shingles(text: str, size: int) -> frozenset[int]:
-  """64-bit hashes of every run of `size` consecutive words; empty for a shorter text.
-
-  The hashes are the same in every process (unlike `hash`).
-  """
+  """Returns 64-bit hashes of every run of `size` consecutive words; none for a shorter text."""
   tokens = words(text)
   runs = (" ".join(tokens[i : i + size]) for i in range(len(tokens) - size + 1))
+  # Not `hash`, which differs between processes.
   return frozenset(
     int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "little") for run in runs
   )
 
 
 def jaccard(a: frozenset[int], b: frozenset[int]) -> float:
-  """|a and b| / |a or b|; 0 when both are empty."""
+  """Returns |a and b| / |a or b|; 0 if both are empty."""
   union = len(a | b)
   return len(a & b) / union if union else 0.0

@@ -1,29 +1,70 @@
-"""Text <-> token ids, with the four special tokens that training and synthesis need."""
+"""Converts text to token ids and back, with the four special tokens that training needs."""
 
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import tokenizers
+from pydantic import Field
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from selfimprove_jax.runtime.config import section
 
 PAD, BOS, SEP, EOS = "<|pad|>", "<|bos|>", "<|sep|>", "<|eos|>"
 
-_ROLES = ("bos_token", "eos_token", "sep_token", "pad_token")
-_OWN_NAMES = {"pad_token": PAD, "bos_token": BOS, "sep_token": SEP, "eos_token": EOS}
+_OWN_NAMES = {"bos_token": BOS, "eos_token": EOS, "sep_token": SEP, "pad_token": PAD}
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 _GENERIC_CLASS = "PreTrainedTokenizerFast"
 
 
+@section
+class SpecialTokens:
+  """Names tokens to use instead of those that an existing tokenizer defines.
+
+  A token that the vocabulary lacks is added to it.
+
+  Attributes:
+    bos_token: begins a document.
+    eos_token: ends a document.
+    sep_token: stands between the documents of a pair.
+    pad_token: fills rows; it is neither seen nor predicted, so it may be the EOS token.
+  """
+
+  bos_token: str | None = None
+  eos_token: str | None = None
+  sep_token: str | None = None
+  pad_token: str | None = None
+
+
+@section
+class TokenizerConfig:
+  """Selects an existing tokenizer, or describes a byte-level BPE to train.
+
+  Attributes:
+    path: a tokenizer's folder or its hub name; None trains one.
+    special_tokens: for an existing tokenizer.
+    vocab_size: of a new tokenizer.
+    train_chars: characters that a new tokenizer is trained on. The first documents are also the
+      first unique data: keep it below the unique data, so that the tokenizer knows no more text
+      than the baseline.
+  """
+
+  path: str | None = None
+  special_tokens: SpecialTokens = SpecialTokens()
+  vocab_size: Annotated[int, Field(ge=1)]
+  train_chars: Annotated[int, Field(ge=1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A subword tokenizer that puts in no special token by itself.
+  """A subword tokenizer that adds no special tokens by itself.
 
-  Text that spells a special token ("<|eos|>") is encoded as the characters it is, so no document
-  can end itself or open a second one.
+  Text that spells a special token ("<|eos|>") is encoded as its characters, so no document can end
+  itself or begin another one.
   """
 
   backend: tokenizers.Tokenizer
@@ -32,29 +73,29 @@ class Tokenizer:
   sep_token: str
   pad_token: str
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     self.backend.no_padding()
     self.backend.no_truncation()
     self.backend.encode_special_tokens = True
 
-  def __reduce__(self):  # the backend's own pickle forgets what __post_init__ sets
-    return Tokenizer, (self.backend, *(getattr(self, role) for role in _ROLES))
+  def __reduce__(self) -> tuple:  # the backend's own pickle forgets what __post_init__ sets
+    return Tokenizer, (self.backend, *(getattr(self, kind) for kind in _OWN_NAMES))
 
   def encode(self, text: str) -> list[int]:
-    """Ids of a text, without special tokens."""
+    """Returns the ids of a text, without special tokens."""
     return self.backend.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text, on all cores."""
+    """Encodes texts on all cores."""
     return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; special tokens are left out, and broken UTF-8 becomes U+FFFD."""
+    """Returns the text of ids without special tokens; invalid UTF-8 becomes U+FFFD."""
     return self.backend.decode(list(ids), skip_special_tokens=True)
 
   @property
   def vocab_size(self) -> int:
-    """One more than the largest id: the rows an embedding table needs."""
+    """The rows that an embedding table needs: one more than the largest id."""
     return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
   @property
@@ -78,26 +119,28 @@ class Tokenizer:
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _TOKENIZER_FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-    config = {role: getattr(self, role) for role in _ROLES} | {"tokenizer_class": _GENERIC_CLASS}
+    config = {kind: getattr(self, kind) for kind in _OWN_NAMES}
+    config["tokenizer_class"] = _GENERIC_CLASS
     (folder / _CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-  """A byte-level BPE tokenizer (GPT-2's way of cutting words) fitted to the texts.
+  """Trains a byte-level BPE tokenizer with GPT-2's pre-tokenization.
 
-  The same texts in the same order give the same tokenizer.
+  Equal texts in equal order give equal tokenizers.
 
   Args:
-    vocab_size: All ids: 4 special tokens, 256 bytes and the merges. A text too small for as many
-      merges gives a smaller vocabulary.
+    vocab_size: 4 special tokens, 256 bytes and the merges. A small text gives fewer merges.
 
   Raises:
     ValueError: `vocab_size` leaves no room for a merge.
   """
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  fixed = len(_ROLES) + len(alphabet)
+  fixed = len(_OWN_NAMES) + len(alphabet)
   if vocab_size <= fixed:
-    raise ValueError(f"vocab_size is {vocab_size}; special tokens and bytes alone take {fixed}")
+    raise ValueError(
+      f"vocab_size={vocab_size} must be above {fixed}, the number of special tokens and bytes"
+    )
   backend = _byte_level(models.BPE())
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
@@ -110,59 +153,64 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(
-  path_or_name: str | os.PathLike,
-  *,
-  bos_token: str | None = None,
-  eos_token: str | None = None,
-  sep_token: str | None = None,
-  pad_token: str | None = None,
+  path_or_name: str | os.PathLike, special_tokens: SpecialTokens | None = None
 ) -> Tokenizer:
-  """Our own saved tokenizer, or any Hugging Face tokenizer.
+  """Loads a tokenizer that `Tokenizer.save` wrote, or any Hugging Face tokenizer.
 
   Args:
-    path_or_name: A folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt; a
+    path_or_name: a folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt; a
       tokenizer.json; any other folder or hub name that `transformers.AutoTokenizer` reads.
-    bos_token: What to use as BOS instead of the tokenizer's own. A token that the vocabulary
-      lacks is added after its last id.
-    eos_token: Likewise, the token after a document's end.
-    sep_token: Likewise, the token between the documents of a pair.
-    pad_token: Likewise; it is never seen or predicted, so it may be the EOS token.
 
   Raises:
-    ValueError: the tokenizer defines no such special token, and none was named; or one that was
-      named is what ordinary text encodes to.
+    ValueError: see `make_tokenizer`.
   """
-  backend, tokens = _load(path_or_name)
-  named = {
-    "bos_token": bos_token,
-    "eos_token": eos_token,
-    "sep_token": sep_token,
-    "pad_token": pad_token,
-  }
-  for role, token in named.items():
+  backend, defined = _load(path_or_name)
+  return make_tokenizer(backend, defined, special_tokens, name=os.fspath(path_or_name))
+
+
+def make_tokenizer(
+  backend: tokenizers.Tokenizer,
+  defined: Mapping[str, str],
+  special_tokens: SpecialTokens | None = None,
+  *,
+  name: str,
+  default: str | None = None,
+) -> Tokenizer:
+  """Wraps a tokenizer of the library `tokenizers`, which is changed.
+
+  Args:
+    defined: the special tokens that the tokenizer defines: `bos_token`, ...
+    name: what to call it in errors.
+    default: the token to use for those that neither `defined` nor `special_tokens` names.
+
+  Raises:
+    ValueError: a special token is named nowhere, or ordinary text is encoded to it.
+  """
+  tokens: dict[str, str] = {}
+  for kind, own_name in _OWN_NAMES.items():
+    found = default if backend.token_to_id(own_name) is None else own_name
+    token = getattr(special_tokens, kind, None) or defined.get(kind) or found
     if token is not None:
-      tokens[role] = token
-    elif tokens.get(role) is None and backend.token_to_id(_OWN_NAMES[role]) is not None:
-      tokens[role] = _OWN_NAMES[role]
-  missing = [role for role in _ROLES if tokens.get(role) is None]
-  if missing:
+      tokens[kind] = token
+  if missing := [kind for kind in _OWN_NAMES if kind not in tokens]:
     raise ValueError(
-      f"tokenizer {os.fspath(path_or_name)!r} defines no {', '.join(missing)}: name one by the "
-      f"option of that name, for example {missing[0]}={_OWN_NAMES[missing[0]]!r} (a token that its "
-      f"vocabulary lacks is added to it)"
+      f"tokenizer {name!r} defines no {', '.join(missing)}: name a token for it in special_tokens, "
+      f"for example {missing[0]}={_OWN_NAMES[missing[0]]!r} (a token that the vocabulary lacks is "
+      f"added to it)"
     )
-  backend.add_special_tokens([tokens[role] for role in _ROLES])
-  loaded = Tokenizer(backend, **{role: tokens[role] for role in _ROLES})
-  for role in _ROLES:
-    if backend.token_to_id(tokens[role]) in loaded.encode(tokens[role]):
+  backend.add_special_tokens([tokens[kind] for kind in _OWN_NAMES])
+  wrapped = Tokenizer(backend, **tokens)
+  for kind, token in tokens.items():
+    if backend.token_to_id(token) in wrapped.encode(token):
       raise ValueError(
-        f"{role} {tokens[role]!r} is a token that text encodes to; name one that no text becomes"
+        f"{kind}={token!r} is a token that ordinary text is encoded to, so documents could contain "
+        f"it; name another one"
       )
-  return loaded
+  return wrapped
 
 
-def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
-  """The backend, and the special tokens that it defines."""
+def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+  """Returns the backend and the special tokens that the tokenizer defines."""
   path = pathlib.Path(path_or_name)
   if path.is_file():
     return tokenizers.Tokenizer.from_file(str(path)), {}
@@ -170,9 +218,9 @@ def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[s
   if {_TOKENIZER_FILE, _CONFIG_FILE} <= has:
     config = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == _GENERIC_CLASS:
-      values = {role: config[role] for role in _ROLES if role in config}
-      tokens = {r: v["content"] if isinstance(v, dict) else v for r, v in values.items()}
-      return tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE)), tokens
+      values = {kind: config[kind] for kind in _OWN_NAMES if config.get(kind) is not None}
+      defined = {k: v["content"] if isinstance(v, dict) else v for k, v in values.items()}
+      return tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE)), defined
   elif _TOKENIZER_FILE in has:
     return tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE)), {}
   elif {"vocab.json", "merges.txt"} <= has and _CONFIG_FILE not in has:
@@ -182,10 +230,12 @@ def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[s
 
   import transformers
 
-  loaded = transformers.AutoTokenizer.from_pretrained(path_or_name)
+  # The class decides which special tokens a config that names none has.
+  loaded = transformers.AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
   if not loaded.is_fast:
     raise ValueError(f"tokenizer {os.fspath(path_or_name)!r} has no fast (`tokenizers`) form")
-  return loaded.backend_tokenizer, {role: getattr(loaded, role) for role in _ROLES}
+  tokens = {kind: getattr(loaded, kind) for kind in _OWN_NAMES}
+  return loaded.backend_tokenizer, {k: v for k, v in tokens.items() if v is not None}
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

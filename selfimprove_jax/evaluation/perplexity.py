@@ -1,6 +1,7 @@
-"""Held-out loss: of packed rows as a mean, or of every document in them."""
+"""Computes held-out loss over packed rows, as a mean or per document."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,21 +9,21 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float64, Int64
 
-from selfimprove_jax import partitioning
 from selfimprove_jax.data.rows import RowSource
 from selfimprove_jax.data.tokenizer import Tokenizer
 from selfimprove_jax.models.llama import Llama, output_head
+from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.training import losses
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentLosses:
-  """Of each segment that has targets, in the order of rows and segments.
+  """Losses of each segment that has targets, in the order of rows and segments.
 
   Attributes:
-    nll_sums: nats over its target tokens.
-    token_counts: target tokens.
-    byte_counts: UTF-8 bytes of them.
+    nll_sums: nats over the segment's target tokens.
+    token_counts: number of target tokens.
+    byte_counts: UTF-8 bytes of the target tokens, at least 1.
   """
 
   nll_sums: Float64[np.ndarray, "N"]
@@ -31,7 +32,7 @@ class DocumentLosses:
 
 
 class RowScorer:
-  """Scores a fixed set of rows under any parameters of one model; compiled once."""
+  """Scores a fixed set of rows under any parameters of one model; compiles once."""
 
   def __init__(
     self,
@@ -41,13 +42,15 @@ class RowScorer:
     *,
     batch_size: int,
     max_rows: int | None = None,
-  ):
-    """Args:
-    batch_size: rows at a time; the last batch is filled up with rows that do not count.
-    max_rows: only the first so many.
+  ) -> None:
+    """Reads the rows into memory.
+
+    Args:
+      batch_size: rows per forward pass; the last batch is padded with rows that do not count.
+      max_rows: reads only the first `max_rows` rows.
 
     Raises:
-      ValueError: `batch_size` does not divide over the mesh, or the rows have nothing to predict.
+      ValueError: `batch_size` does not divide over the mesh, or no row has a target token.
     """
     if batch_size % partitioning.num_batch_shards(mesh):
       raise ValueError(
@@ -61,9 +64,11 @@ class RowScorer:
     ]
     self._batch_size = batch_size
     if not any(row["loss_mask"].any() for rows in self._batches for row in rows):
-      raise ValueError(f"there are no target tokens in the {num_rows} rows to be scored")
+      raise ValueError(f"there are no target tokens in the {num_rows} rows to score")
 
-    def nll(params, tokens_BT, positions_BT, segment_ids_BT):
+    def nll(
+      params: Any, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> jax.Array:
       with partitioning.axis_rules():
         hidden_BTD, _ = model.apply(
           {"params": params}, tokens_BT, positions_BT, segment_ids_BT, logits=False
@@ -73,7 +78,7 @@ class RowScorer:
     self._nll = jax.jit(nll, out_shardings=partitioning.replicated(mesh))
 
   def mean(self, params: Any) -> float:
-    """Nats per target token over all rows."""
+    """Returns nats per target token over all rows."""
     total, count = 0.0, 0
     for row, nll_T in self._scored(params):
       total += float(np.sum(nll_T, where=row["loss_mask"], dtype=np.float64))
@@ -81,6 +86,7 @@ class RowScorer:
     return total / count
 
   def documents(self, params: Any, tokenizer: Tokenizer) -> DocumentLosses:
+    """Returns the loss of every document; segments of one document in two rows count as two."""
     nll_sums, token_counts, byte_counts = [], [], []
     for row, nll_T in self._scored(params):
       for segment in range(1, int(row["segment_ids"].max()) + 1):
@@ -89,12 +95,13 @@ class RowScorer:
           nll_sums.append(float(np.sum(nll_T, where=targets, dtype=np.float64)))
           token_counts.append(int(np.count_nonzero(targets)))
           text = tokenizer.decode(row["tokens"][targets].tolist())
-          byte_counts.append(max(len(text.encode()), 1))
+          byte_counts.append(max(len(text.encode()), 1))  # a lone special token decodes to nothing
     return DocumentLosses(
       np.array(nll_sums), np.array(token_counts, np.int64), np.array(byte_counts, np.int64)
     )
 
-  def _scored(self, params):
+  def _scored(self, params: Any) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Yields every row and the negative log-likelihood of each of its tokens."""
     for rows in self._batches:
       filled = rows + rows[:1] * (self._batch_size - len(rows))
       arrays = {

@@ -1,15 +1,15 @@
 """Estimates with standard errors over documents.
 
-A standard error here is over the draw of documents from the source they were drawn from. It says
-nothing about the draw of a training seed: two arms that differ by twice their paired standard error
-may still differ by no more than two runs of one arm do.
+A standard error here is over the draw of documents from their source. It does not cover the draw of
+a training seed: two arms that differ by twice their paired standard error may still differ by no
+more than two runs of one arm do.
 """
 
 import dataclasses
 import math
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num
 
 _Z95 = 1.959964
 _MIN_GAIN_STDERRS = 2.0
@@ -25,7 +25,7 @@ class Estimate:
 
   @property
   def interval95(self) -> tuple[float, float]:
-    """The normal approximation: value -+ 1.96 standard errors."""
+    """The 95% confidence interval by the normal approximation: value -+ 1.96 standard errors."""
     return self.value - _Z95 * self.stderr, self.value + _Z95 * self.stderr
 
   def to_dict(self) -> dict[str, float | str]:
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def mean(values: Num[np.ndarray, "N"], unit: str) -> Estimate:
-  """Mean over documents of equal weight; for 0s and 1s it is a share.
+  """Estimates the mean over documents of equal weight.
 
   Raises:
     ValueError: fewer than two documents.
@@ -41,12 +41,21 @@ def mean(values: Num[np.ndarray, "N"], unit: str) -> Estimate:
   return ratio(values, np.ones(len(values)), unit)
 
 
+def share(flags: Bool[np.ndarray, "N"]) -> Estimate:
+  """Estimates the share of documents that a flag is set for.
+
+  Raises:
+    ValueError: fewer than two documents.
+  """
+  return mean(flags.astype(np.float64), "share")
+
+
 def weighted_mean(nll_sums: Float[np.ndarray, "N"], token_counts: Num[np.ndarray, "N"]) -> Estimate:
-  """Nats per token of N documents: all nats over all tokens, so that long documents weigh more.
+  """Estimates nats per token: all nats over all tokens, so that long documents weigh more.
 
   Args:
-    nll_sums: Negative log-likelihood of each document, in nats.
-    token_counts: Predicted tokens of each, positive.
+    nll_sums: negative log-likelihood of each document, in nats.
+    token_counts: predicted tokens of each, positive.
 
   Raises:
     ValueError: fewer than two documents, or one without tokens.
@@ -56,7 +65,7 @@ def weighted_mean(nll_sums: Float[np.ndarray, "N"], token_counts: Num[np.ndarray
 
 
 def bits_per_byte(nll_sums: Float[np.ndarray, "N"], byte_counts: Num[np.ndarray, "N"]) -> Estimate:
-  """Bits per UTF-8 byte of N documents, which is comparable between tokenizers.
+  """Estimates bits per UTF-8 byte, which can be compared between tokenizers.
 
   Raises:
     ValueError: fewer than two documents, or one without bytes.
@@ -68,9 +77,9 @@ def bits_per_byte(nll_sums: Float[np.ndarray, "N"], byte_counts: Num[np.ndarray,
 def paired_difference(
   nll_a: Float[np.ndarray, "N"], nll_b: Float[np.ndarray, "N"], counts: Num[np.ndarray, "N"]
 ) -> Estimate:
-  """Nats per token of a minus those of b, on the same N documents; negative where a is better.
+  """Estimates nats per token of a minus those of b, on the same documents; negative if a is better.
 
-  The standard error is that of the difference: what the two find hard alike cancels.
+  The standard error is that of the difference: variance that both share cancels.
 
   Raises:
     ValueError: see `weighted_mean`.
@@ -83,13 +92,13 @@ def recovered_share(
   nll_arm: Float[np.ndarray, "N"],
   nll_oracle: Float[np.ndarray, "N"],
 ) -> Estimate | None:
-  """(baseline - arm) / (baseline - oracle): the share of the oracle's gain that an arm recovers.
+  """Estimates (baseline - arm) / (baseline - oracle), the arm's share of the oracle's gain.
 
-  Negative where the arm is worse than the baseline. In nats over the same N documents; token counts
-  would cancel.
+  Negative if the arm is worse than the baseline. Works on nats of the same documents, whose token
+  counts cancel.
 
   Returns:
-    None where the oracle's gain is not above 2 of its standard errors: there is no gain to share.
+    None if the oracle's gain is not above 2 of its standard errors: there is no gain to share.
 
   Raises:
     ValueError: fewer than two documents.
@@ -100,12 +109,42 @@ def recovered_share(
   return ratio(nll_baseline - nll_arm, nll_baseline - nll_oracle, "share of the oracle's gain")
 
 
+def retained_share(
+  own_N: Float[np.ndarray, "N"], random_N: Float[np.ndarray, "N"], real_P: Float[np.ndarray, "P"]
+) -> Estimate | None:
+  """Estimates (own - random) / (real - random), how much of a real pair's link syntheses retain.
+
+  0 for a synthesizer that ignores its seed, 1 for one as close to it as real pairs are.
+
+  Args:
+    own_N: similarity of each synthesis to its own seed.
+    random_N: similarity of each synthesis to a random seed.
+    real_P: similarities of real pairs.
+
+  Returns:
+    None if real pairs are not above random ones by 2 standard errors: there is no link to retain.
+
+  Raises:
+    ValueError: fewer than two syntheses or real pairs.
+  """
+  own, random, real = (mean(values, "cosine similarity") for values in (own_N, random_N, real_P))
+  link = real.value - random.value
+  if link <= _MIN_GAIN_STDERRS * math.hypot(real.stderr, random.stderr):
+    return None
+  value = (own.value - random.value) / link
+  # Delta method: own and random belong to the same syntheses, so they enter as one difference; real
+  # pairs are other documents, so they enter as an independent term.
+  of_syntheses = mean(own_N - (1 - value) * random_N, "cosine similarity")
+  stderr = math.hypot(of_syntheses.stderr, value * real.stderr) / link
+  return Estimate(value, stderr, "share of a real pair's link")
+
+
 def ratio(
   numerators: Num[np.ndarray, "N"], denominators: Num[np.ndarray, "N"], unit: str
 ) -> Estimate:
-  """Sum of the numerators over the sum of the denominators: the ratio estimator.
+  """Estimates the sum of the numerators over the sum of the denominators.
 
-  Its variance is that of its linearisation, n / (n - 1) * sum((y - R x)^2) / sum(x)^2.
+  The variance is that of the linearized ratio, n / (n - 1) * sum((y - R x)^2) / sum(x)^2.
 
   Raises:
     ValueError: fewer than two documents, or the denominators add up to zero.
@@ -123,4 +162,4 @@ def ratio(
 
 def _check_positive(name: str, counts: Num[np.ndarray, "N"]) -> None:
   if not (counts > 0).all():
-    raise ValueError(f"{name} of document {int(np.argmin(counts > 0))} is not positive")
+    raise ValueError(f"{name} of document {int(np.argmin(counts > 0))} must be positive")

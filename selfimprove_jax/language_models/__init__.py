@@ -1,5 +1,21 @@
-"""Language models as their consumers see them; each kind has a file of its own."""
+"""Language models behind one protocol; each kind of model has its own module."""
 
-from selfimprove_jax.language_models.protocol import LanguageModel, Reply, TextRequest, Usage
+from selfimprove_jax.language_models.protocol import (
+  LanguageModel,
+  Reply,
+  Score,
+  ScoreRequest,
+  TextRequest,
+  TokenLogprob,
+  Usage,
+)
 
-__all__ = ["LanguageModel", "Reply", "TextRequest", "Usage"]
+__all__ = [
+  "LanguageModel",
+  "Reply",
+  "Score",
+  "ScoreRequest",
+  "TextRequest",
+  "TokenLogprob",
+  "Usage",
+]

@@ -1,48 +1,51 @@
 """Requests as files of OpenAI's Batch API, at about half the price, and their results.
 
   write_requests("batch", requests, model=model)
-  submit("batch", model=model, prices=half)          # or upload the files by other means
-  report = collect("batch", model=model, prices=half)    # again and again, until all are done
-  for reply in model.generate(requests): ...         # from the store; what failed is asked anew
+  submit("batch", model=model, prices=half)               # or upload the files by other means
+  report = collect("batch", model=model, prices=half)     # repeat until no request waits
+  for reply in model.generate(requests): ...              # from the store; failures are asked live
 
-A folder holds NAME.requests.jsonl, NAME.results.jsonl (put there by `collect`, or by hand) and
-NAME.batch.json, the numbers that the endpoint gave to file and batch. Each function does what is
-left to do: to go on is to call it again.
+A folder holds NAME.requests.jsonl, NAME.results.jsonl (written by `collect`, or by hand) and
+NAME.batch.json, the ids that the endpoint gave to file and batch. Each function can be repeated: it
+does what is left to do.
 """
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from selfimprove_jax import storage
 from selfimprove_jax.language_models import chat_api
 from selfimprove_jax.language_models.chat_api import Prices
 from selfimprove_jax.language_models.endpoint import Endpoint
+from selfimprove_jax.language_models.openai_client import AttemptError, Call, with_retries
 from selfimprove_jax.language_models.protocol import TextRequest
-from selfimprove_jax.language_models.transport import AttemptError, with_retries
+from selfimprove_jax.runs import storage
 
-MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 10**6  # of a file, as OpenAI documents them
+MAX_REQUESTS, MAX_BYTES = 50_000, 200 * 10**6  # per file, as OpenAI documents them
 _REQUESTS, _RESULTS, _STATE = ".requests.jsonl", ".results.jsonl", ".batch.json"
+_NEW = {"ledger_call": None, "file_id": None, "batch_id": None, "status": "new"}
 _ENDED = {"completed", "expired", "cancelled", "failed"}
-_API = "/v1"  # how the paths in a request file begin, whatever the base URL is
+_API = "/v1"  # the first part of the paths in a request file, whatever the base URL is
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReport:
-  """What has come of the requests in a folder.
+  """Progress of the requests in a folder.
 
   Attributes:
-    num_requests: in its request files.
-    num_stored: of them, answered and in the store.
-    errors: by request key, why it was not answered.
-    unknown: ids in results that no request file has.
-    damaged: lines of results that can't be read, as `file:number`.
-    statuses: by file name, what the endpoint says of its batch.
+    num_requests: requests in the request files.
+    num_stored: requests whose answer is in the store.
+    errors: request key -> why it has no answer.
+    unknown: ids in result files that no request file has.
+    damaged: unreadable lines of result files, as `file:number`.
+    statuses: file name -> the endpoint's status of its batch.
   """
 
   num_requests: int
@@ -54,7 +57,7 @@ class BatchReport:
 
   @property
   def num_waiting(self) -> int:
-    """Requests with neither an answer nor an error."""
+    """Number of requests with neither an answer nor an error."""
     return self.num_requests - self.num_stored - len(self.errors)
 
 
@@ -66,22 +69,22 @@ def write_requests(
   max_requests: int = MAX_REQUESTS,
   max_bytes: int = MAX_BYTES,
 ) -> list[pathlib.Path]:
-  """Writes those requests that are neither in the store nor in the folder; gives the new files.
+  """Writes the requests that are neither in the store nor in the folder; returns the new files.
 
-  A file holds requests of one kind, chats or bare texts, each under its key in the store.
+  A file holds requests of one kind, chats or texts. Each request's id is its key in the store.
 
   Raises:
-    ValueError: a request alone is longer than `max_bytes`.
+    ValueError: a single request is longer than `max_bytes`.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  known = set(_asked(folder))
+  known = set(_read_folder(folder))
   number = len(list(folder.glob(f"*{_REQUESTS}")))
   written: list[pathlib.Path] = []
   waiting: dict[str, list[bytes]] = collections.defaultdict(list)
-  sizes: dict[str, int] = collections.defaultdict(int)
+  sizes: collections.Counter[str] = collections.Counter()
 
-  def write(kind):
+  def write(kind: str) -> None:
     path = folder / f"{number + len(written):05d}{_REQUESTS}"
     storage.write_atomic(path, b"".join(waiting.pop(kind)))
     del sizes[kind]
@@ -92,146 +95,144 @@ def write_requests(
     if key in known or model.store.find(key) is not None:
       continue
     known.add(key)
-    path, body = model.api.body(request, enforce_schema=True)
-    record = {"custom_id": key, "method": "POST", "url": _API + path, "body": body}
+    kind, body = model.api.body(request, enforce_schema=True)
+    record = {"custom_id": key, "method": "POST", "url": _API + kind, "body": body}
     line = json.dumps(record).encode() + b"\n"
     if len(line) > max_bytes:
       raise ValueError(f"request {request.id!r} has {len(line)} bytes; a file holds {max_bytes}")
-    if len(waiting[path]) == max_requests or sizes[path] + len(line) > max_bytes:
-      write(path)
-    waiting[path].append(line)
-    sizes[path] += len(line)
-  for path in list(waiting):
-    write(path)
+    if len(waiting[kind]) == max_requests or sizes[kind] + len(line) > max_bytes:
+      write(kind)
+    waiting[kind].append(line)
+    sizes[kind] += len(line)
+  for kind in list(waiting):
+    write(kind)
   return written
 
 
 def submit(
   folder: str | os.PathLike, *, model: Endpoint, prices: Prices, max_active: int = 8
 ) -> None:
-  """Uploads the request files and starts their batches, at most `max_active` at a time.
+  """Uploads request files and starts a batch for each.
 
-  The most that a batch may cost is in the ledger until its results are there.
+  Each batch is entered in the ledger first, at its highest possible price, and stays there until
+  `collect` has its results.
+
+  Args:
+    prices: prices of tokens in a batch.
+    max_active: batches that may be active at the endpoint; later calls start the others.
 
   Raises:
-    BudgetError: it is more than is left of the hard cap.
-    EndpointError, AttemptError, RequestError: of `transport`.
+    BudgetError: the rest of the hard cap does not cover a batch.
+    EndpointError, RequestError, AttemptError: the endpoint refused or failed.
   """
-  folder = pathlib.Path(folder)
-  model.start(_submit(folder, model, prices, max_active)).result()
+  model.start(_submit(pathlib.Path(folder), model, prices, max_active)).result()
 
 
 def collect(folder: str | os.PathLike, *, model: Endpoint, prices: Prices) -> BatchReport:
-  """Fetches the results of batches that have ended, and stores all results in the folder.
-
-  Args:
-    prices: of a batch's tokens.
+  """Downloads the results of finished batches and stores the answers.
 
   Raises:
-    EndpointError, AttemptError, RequestError: of `transport`.
+    EndpointError, RequestError, AttemptError: the endpoint refused or failed.
   """
   folder = pathlib.Path(folder)
   statuses = model.start(_fetch(folder, model)).result()
   report = read_results(folder, model=model, prices=prices)
-  for path in sorted(folder.glob(f"*{_STATE}")):
+  for path in folder.glob(f"*{_STATE}"):
     state = json.loads(path.read_bytes())
     if state["status"] in _ENDED and state["ledger_call"] is not None:
-      # Each of its answers has a line in the ledger now.
+      # Each answer has its own entry in the ledger now, so the entry of the whole batch ends.
       model.store.not_billed(state["ledger_call"])
       _write_state(path, state | {"ledger_call": None})
   return dataclasses.replace(report, statuses=statuses)
 
 
 def read_results(folder: str | os.PathLike, *, model: Endpoint, prices: Prices) -> BatchReport:
-  """Stores what the result files in a folder hold; a file may be read again, or be a part.
-
-  Args:
-    prices: of a batch's tokens.
-  """
+  """Stores the answers in a folder's result files, which may be partial or read before."""
   folder = pathlib.Path(folder)
   api = dataclasses.replace(model.api, prices=prices)
-  asked = _asked(folder)
+  requests = _read_folder(folder)
   errors: dict[str, str] = {}
   unknown, damaged = [], []
   for path in sorted(folder.glob(f"*{_RESULTS}")):
-    with path.open("rb") as file:
-      for number, line in enumerate(file, start=1):
-        try:
-          result = json.loads(line)
-          key = result["custom_id"]
-        except (ValueError, KeyError, TypeError):
-          damaged.append(f"{path.name}:{number}")
-          continue
-        if key not in asked:
-          unknown.append(str(key))
-          continue
-        try:
-          answer = api.answer(asked[key], _payload(result))
-        except AttemptError as error:
-          errors[key] = str(error)
-        else:
-          model.store.add(key, answer, model=api.identity)
-  stored = {key for key in asked if model.store.find(key) is not None}
+    for number, line in enumerate(_lines(path), start=1):
+      try:
+        result = json.loads(line)
+        key = result["custom_id"]
+      except (ValueError, KeyError, TypeError):
+        damaged.append(f"{path.name}:{number}")
+        continue
+      if key not in requests:
+        unknown.append(str(key))
+        continue
+      try:
+        answer = api.answer(requests[key], _payload(result))
+      except AttemptError as error:
+        errors[key] = str(error)
+      else:
+        model.store.add(key, answer, model=api.identity)
+  stored = {key for key in requests if model.store.find(key) is not None}
   errors = {key: error for key, error in errors.items() if key not in stored}
-  return BatchReport(len(asked), len(stored), errors, unknown, damaged, {})
+  return BatchReport(len(requests), len(stored), errors, unknown, damaged, {})
 
 
-async def _submit(folder, model, prices, max_active):
+async def _submit(folder: pathlib.Path, model: Endpoint, prices: Prices, max_active: int) -> None:
   states = [json.loads(p.read_bytes()) for p in folder.glob(f"*{_STATE}")]
   num_active = sum(s["batch_id"] is not None and s["status"] not in _ENDED for s in states)
   for requests in sorted(folder.glob(f"*{_REQUESTS}")):
-    path = _beside(requests, _STATE)
-    state = {"ledger_call": None, "file_id": None, "batch_id": None, "status": "new"}
-    if path.exists():
-      state = json.loads(path.read_bytes())
-    if state["batch_id"] is not None or _beside(requests, _RESULTS).exists():
+    path = _sibling(requests, _STATE)
+    state = json.loads(path.read_bytes()) if path.exists() else dict(_NEW)
+    if state["batch_id"] is not None or _sibling(requests, _RESULTS).exists():
       continue
     if num_active >= max_active:
       return
     content = requests.read_bytes()
     checksum = hashlib.sha256(content).hexdigest()
+    # The state is written after each step, so a killed run repeats at most the step it was in.
     if state["ledger_call"] is None:
       most = sum(prices.usd(model.api.most_usage(r)) for _, r in _read_requests(requests))
-      name = f"batch {checksum}"
-      state["ledger_call"] = model.store.begin(name, model=model.api.identity, most_usd=most)
+      state["ledger_call"] = model.store.begin(
+        f"batch {checksum}", model=model.api.identity, most_usd=most
+      )
       _write_state(path, state)
     if state["file_id"] is None:
-      file = {"file": (requests.name, content, "application/jsonl")}
-      uploaded = await _call(model, "POST", "/files", data={"purpose": "batch"}, files=file)
+      file = (requests.name, content, "application/jsonl")
+      uploaded = await _send(model, _method("files.create", file=file, purpose="batch"))
       state["file_id"] = uploaded["id"]
       _write_state(path, state)
     url = json.loads(content.partition(b"\n")[0])["url"]
-    batch = await _find_or_start(model, checksum, state["file_id"], url)
+    start = functools.partial(_find_or_start, model, checksum, state["file_id"], url)
+    batch = await with_retries(start, model.retries)
     _write_state(path, state | {"batch_id": batch["id"], "status": batch["status"]})
     num_active += 1
 
 
-async def _find_or_start(model, checksum, file_id, url):
-  """A batch of these requests: one whose number was lost by a run that was killed, or a new one."""
+async def _find_or_start(model: Endpoint, checksum: str, file_id: str, url: str) -> dict[str, Any]:
+  """Returns the batch of these requests, or starts it.
 
-  async def attempt():
-    listed = await model.transport.send_json("GET", "/batches", params={"limit": 100})
-    for batch in listed["data"]:
-      if (batch.get("metadata") or {}).get("requests_sha256") == checksum:
-        return batch
-    body = {
-      "input_file_id": file_id,
-      "endpoint": url,
-      "completion_window": "24h",
-      "metadata": {"requests_sha256": checksum},
-    }
-    return await model.transport.send_json("POST", "/batches", json=body)
+  It exists already if an earlier run was killed before it stored the batch's id.
+  """
+  listed = await model.client.send_json(_method("batches.list", limit=100))
+  for batch in listed["data"]:
+    if (batch.get("metadata") or {}).get("requests_sha256") == checksum:
+      return batch
+  create = _method(
+    "batches.create",
+    input_file_id=file_id,
+    endpoint=url,
+    completion_window="24h",
+    metadata={"requests_sha256": checksum},
+  )
+  return await model.client.send_json(create)
 
-  return await with_retries(attempt, model.retries)
 
-
-async def _fetch(folder, model):
+async def _fetch(folder: pathlib.Path, model: Endpoint) -> dict[str, str]:
+  """Downloads the results of batches that have ended; returns file name -> status."""
   statuses = {}
   for path in sorted(folder.glob(f"*{_STATE}")):
     state = json.loads(path.read_bytes())
-    results = path.with_name(path.name.removesuffix(_STATE) + _RESULTS)
+    results = _sibling(path, _RESULTS)
     if state["batch_id"] is not None and not results.exists():
-      batch = await _call(model, "GET", f"/batches/{state['batch_id']}")
+      batch = await _send(model, _method("batches.retrieve", state["batch_id"]))
       if batch["status"] in _ENDED:
         files = [batch.get("output_file_id"), batch.get("error_file_id")]
         parts = [await _download(model, file) for file in files if file]
@@ -242,43 +243,47 @@ async def _fetch(folder, model):
   return statuses
 
 
-async def _download(model, file_id):
-  path = f"/files/{file_id}/content"
-  content = await with_retries(lambda: model.transport.send("GET", path), model.retries)
+async def _download(model: Endpoint, file_id: str) -> bytes:
+  """Returns a file's content, ending in a newline unless it is empty."""
+  call = _method("files.content", file_id)
+  content = await with_retries(lambda: model.client.send(call), model.retries)
   return content if content.endswith(b"\n") or not content else content + b"\n"
 
 
-async def _call(model, method, path, **options):
-  return await with_retries(
-    lambda: model.transport.send_json(method, path, **options), model.retries
-  )
+async def _send(model: Endpoint, call: Call) -> dict[str, Any]:
+  return await with_retries(lambda: model.client.send_json(call), model.retries)
 
 
-def _asked(folder) -> dict[str, TextRequest]:
-  """By key, what the request files of a folder ask; only its prompt and length are as they were."""
-  return dict(
-    pair for path in sorted(folder.glob(f"*{_REQUESTS}")) for pair in _read_requests(path)
-  )
+def _method(name: str, *args: Any, **options: Any) -> Call:
+  """Returns a call of one of the client's methods, such as "files.create"."""
+  method = operator.attrgetter(name)
+  return lambda client, headers: method(client)(*args, **options, extra_headers=headers)
 
 
-def _read_requests(path) -> Iterator[tuple[str, TextRequest]]:
-  with path.open("rb") as file:
-    for line in file:
-      record = json.loads(line)
-      body: dict[str, Any] = record["body"]
-      chat = record["url"] == _API + chat_api.CHAT_PATH
-      field = "max_tokens" if "max_tokens" in body else "max_completion_tokens"
-      yield (
-        record["custom_id"],
-        TextRequest(prompt=body["messages"] if chat else body["prompt"], max_tokens=body[field]),
-      )
+def _read_folder(folder: pathlib.Path) -> dict[str, TextRequest]:
+  """Returns key -> request of a folder's request files; only prompt and length are restored."""
+  paths = sorted(folder.glob(f"*{_REQUESTS}"))
+  return dict(pair for path in paths for pair in _read_requests(path))
 
 
-def _payload(result):
-  """The answer in a line of results.
+def _read_requests(path: pathlib.Path) -> Iterator[tuple[str, TextRequest]]:
+  for line in _lines(path):
+    record = json.loads(line)
+    body = record["body"]
+    is_chat = record["url"] == _API + chat_api.CHAT_PATH
+    request = TextRequest(
+      prompt=body["messages" if is_chat else "prompt"],
+      max_tokens=body["max_tokens" if "max_tokens" in body else "max_completion_tokens"],
+      top_logprobs=body.get("top_logprobs" if is_chat else "logprobs"),
+    )
+    yield record["custom_id"], request
+
+
+def _payload(result: dict[str, Any]) -> dict[str, Any]:
+  """Returns the response's JSON in a line of results.
 
   Raises:
-    AttemptError: it holds none.
+    AttemptError: the line has no successful response.
   """
   response = result.get("response") or {}
   if response.get("status_code") == 200 and isinstance(response.get("body"), dict):
@@ -287,9 +292,16 @@ def _payload(result):
   raise AttemptError(str(said)[:300], billed=False)
 
 
-def _beside(requests, suffix):
-  return requests.with_name(requests.name.removesuffix(_REQUESTS) + suffix)
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+  with path.open("rb") as file:
+    yield from file
 
 
-def _write_state(path, state):
+def _sibling(path: pathlib.Path, suffix: str) -> pathlib.Path:
+  """Returns a file of the same batch, which differs in its suffix."""
+  name = path.name.removesuffix(_REQUESTS).removesuffix(_STATE)
+  return path.with_name(name + suffix)
+
+
+def _write_state(path: pathlib.Path, state: dict[str, Any]) -> None:
   storage.write_atomic(path, (json.dumps(state, indent=1) + "\n").encode())

@@ -1,9 +1,8 @@
-"""Replies of a given form from models that may not keep to it: ask, check, ask to repair."""
+"""Structured replies from models that may violate the schema: ask, validate, ask for a repair."""
 
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from selfimprove_jax.language_models.protocol import TextRequest
@@ -13,9 +12,10 @@ _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def schema_of(request: TextRequest) -> dict[str, Any] | None:
-  """The JSON schema that the reply must match; choices are the values of an object's one field.
+  """Returns the JSON schema that a reply must match, or None.
 
-  An object, because endpoints that enforce schemas want one at the root.
+  Choices become the values of an object's only field, since endpoints that enforce schemas require
+  an object at the root.
   """
   if request.choices:
     return {
@@ -27,33 +27,37 @@ def schema_of(request: TextRequest) -> dict[str, Any] | None:
   return None if request.json_schema is None else dict(request.json_schema)
 
 
-def check_schema(schema: Mapping[str, Any]) -> None:
-  """Raises ValueError for what is no JSON schema."""
+def check_schema(schema: dict[str, Any]) -> None:
+  """Raises ValueError if a value is not a JSON schema."""
   import jsonschema
 
   try:
     jsonschema.validators.validator_for(schema).check_schema(schema)
   except jsonschema.SchemaError as error:
-    raise ValueError(f"json_schema is no JSON schema: {error.message}") from None
+    raise ValueError(f"json_schema is not a JSON schema: {error.message}") from None
 
 
 def read(request: TextRequest, text: str) -> tuple[Any, str | None]:
-  """The value in a reply, and None; or None, and what is wrong with it.
+  """Returns (value, None) for a valid reply, else (None, problem).
 
-  A value in a fenced block, or with words around it, is taken too; a choice may stand for itself.
+  Accepts a value in a fenced block or surrounded by prose, and a choice without its object.
   """
+  import jsonschema
+
   if request.choices and text.strip() in request.choices:
     return text.strip(), None
   value, problem = _parse(text)
-  if problem is None:
-    problem = _violation(schema_of(request), value)
   if problem is not None:
     return None, problem
+  schema = schema_of(request)
+  validator = jsonschema.validators.validator_for(schema)(schema)
+  if error := jsonschema.exceptions.best_match(validator.iter_errors(value)):
+    return None, f"at {error.json_path}: {error.message}"
   return (value[_CHOICE] if request.choices else value), None
 
 
 def with_instruction(request: TextRequest) -> TextRequest:
-  """The request with its schema spelt out, for endpoints that take none."""
+  """Returns the request with its schema in the last message, for endpoints that enforce none."""
   text = (
     "Answer with one JSON value that is valid against this JSON schema, and with nothing else:\n"
     + json.dumps(schema_of(request))
@@ -64,7 +68,7 @@ def with_instruction(request: TextRequest) -> TextRequest:
 
 
 def repair_turn(request: TextRequest, text: str, problem: str) -> TextRequest:
-  """The conversation with the reply that is not valid, and what is wrong with it."""
+  """Returns the conversation with an invalid reply, its problem, and a request for another."""
   answer = {"role": "assistant", "content": text}
   ask = f"This is not what was asked for: {problem}. Answer again, with the valid JSON value alone."
   return dataclasses.replace(
@@ -72,24 +76,17 @@ def repair_turn(request: TextRequest, text: str, problem: str) -> TextRequest:
   )
 
 
-def _parse(text):
+def _parse(text: str) -> tuple[Any, str | None]:
   fenced = _FENCED.search(text)
   text = (fenced.group(1) if fenced else text).strip()
   try:
     return json.loads(text), None
   except ValueError as error:
     problem = f"it is not JSON ({error})"
+  # Prose before the value may contain brackets, so each one is tried as its beginning.
   for start in re.finditer(r"[{\[]", text):
     try:
       return json.JSONDecoder().raw_decode(text, start.start())[0], None
     except ValueError:
       continue
   return None, problem
-
-
-def _violation(schema, value):
-  import jsonschema
-
-  validator = jsonschema.validators.validator_for(schema)(schema)
-  error = jsonschema.exceptions.best_match(validator.iter_errors(value))
-  return None if error is None else f"at {error.json_path}: {error.message}"

@@ -1,89 +1,116 @@
-"""Replies of another model, recorded and played again: for tests of what asks models for text."""
+"""Recorded replies and scores of a model, replayed in tests of the code that uses the model."""
 
 import collections
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-from selfimprove_jax import artifacts, storage
-from selfimprove_jax.language_models.protocol import LanguageModel, Reply, TextRequest
+from selfimprove_jax.language_models.protocol import (
+  LanguageModel,
+  Reply,
+  Score,
+  ScoreRequest,
+  TextRequest,
+)
+from selfimprove_jax.runs import artifacts, storage
 
+Q = TypeVar("Q", TextRequest, ScoreRequest)
+R = TypeVar("R", Reply, Score)
 _SHOWN_CHARACTERS = 200
 
 
 class NotInTranscriptError(LookupError):
-  """A request was never recorded."""
+  """A request was not recorded."""
 
 
 class RecordingModel:
-  """A model whose requests and replies are appended to a file, one JSON object a line."""
+  """Passes requests to a model and appends each with its result to a file, one JSON object a line.
 
-  def __init__(self, model: LanguageModel, path: str | os.PathLike):
+  A result is written before it is yielded.
+  """
+
+  def __init__(self, model: LanguageModel, path: str | os.PathLike) -> None:
     self.name = model.name
     self._model = model
     self._log = storage.LineLog(storage.path(path))
 
   def generate(self, requests: Iterable[TextRequest]) -> Iterator[Reply]:
-    """The model's replies; each is in the file before it is handed on."""
-    taken: collections.deque[TextRequest] = collections.deque()
+    """Yields the model's replies."""
+    return self._record(requests, self._model.generate, "reply")
 
-    def remembered():
+  def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
+    """Yields the model's scores."""
+    return self._record(requests, self._model.score, "score")
+
+  def _record(
+    self, requests: Iterable[Q], ask: Callable[[Iterable[Q]], Iterator[R]], kind: str
+  ) -> Iterator[R]:
+    taken: collections.deque[Q] = collections.deque()  # read by the model, not answered yet
+
+    def remembered() -> Iterator[Q]:
       for request in requests:
         taken.append(request)
         yield request
 
-    for reply in self._model.generate(remembered()):
-      request = taken.popleft()
-      record = {"model": self.name, "request": request.to_json(), "reply": reply.to_json()}
+    for result in ask(remembered()):
+      record = {"model": self.name, "request": taken.popleft().to_json(), kind: result.to_json()}
       self._log.write(json.dumps(record) + "\n")
-      yield reply
+      yield result
 
   def close(self) -> None:
-    """Closes the file, and the model."""
+    """Closes the file and the model."""
     self._log.close()
     self._model.close()
 
 
 class TranscriptModel:
-  """Gives the recorded reply to each request: of the same content and the same id."""
+  """Replays the recorded result of each request; content and id must match."""
 
-  def __init__(self, path: str | os.PathLike):
-    """Reads what `RecordingModel` wrote.
+  def __init__(self, path: str | os.PathLike) -> None:
+    """Reads a file that `RecordingModel` wrote.
 
     Raises:
-      ValueError: the file is empty, or a line in it is no record; its number is named.
+      ValueError: the file is empty, or a line is not a record; its number is named.
     """
     self._path = storage.path(path)
-    self._replies: dict[str, Reply] = {}
+    self._results: dict[str, Reply | Score] = {}
     for number, line in enumerate(storage.read_lines(self._path), start=1):
       try:
         record = json.loads(line)
-        request = TextRequest.from_json(record["request"])
-        self._replies[_key(request)] = Reply.from_json(record["reply"])
+        if "score" in record:
+          request, result = ScoreRequest(**record["request"]), Score.from_json(record["score"])
+        else:
+          request, result = TextRequest(**record["request"]), Reply.from_json(record["reply"])
+        self._results[_key(request)] = result
         self.name = record["model"]
       except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{self._path}, line {number}, is no record: {error}") from None
-    if not self._replies:
-      raise ValueError(f"{self._path} holds no record")
+        raise ValueError(f"{self._path}, line {number}, is not a record: {error}") from None
+    if not self._results:
+      raise ValueError(f"{self._path} has no records")
 
   def generate(self, requests: Iterable[TextRequest]) -> Iterator[Reply]:
-    """The recorded replies.
+    """Yields the recorded replies.
 
     Raises:
       NotInTranscriptError: a request was not recorded; the message shows it.
     """
-    for request in requests:
-      reply = self._replies.get(_key(request))
-      if reply is None:
-        shown = json.dumps(request.to_json())
-        raise NotInTranscriptError(
-          f"request {request.id!r} is not in {self._path}: {shown[:_SHOWN_CHARACTERS]}"
-        )
-      yield reply
+    return map(self._find, requests)
+
+  def score(self, requests: Iterable[ScoreRequest]) -> Iterator[Score]:
+    """Yields the recorded scores; raises like `generate`."""
+    return map(self._find, requests)
+
+  def _find(self, request: TextRequest | ScoreRequest) -> Reply | Score:
+    found = self._results.get(_key(request))
+    if found is None:
+      shown = json.dumps(request.to_json())[:_SHOWN_CHARACTERS]
+      raise NotInTranscriptError(f"request {request.id!r} is not in {self._path}: {shown}")
+    return found
 
   def close(self) -> None:
-    pass
+    """Does nothing: the file was read whole."""
 
 
-def _key(request):
+def _key(request: TextRequest | ScoreRequest) -> str:
   return artifacts.digest([request.key, request.id])

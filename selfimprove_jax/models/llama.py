@@ -1,31 +1,34 @@
-"""One decoder family, as a pure `init` and `apply`.
-
-`LlamaConfig` tells its members apart: ours (Llama 3 with per-head QK-norm), Llama 3.x, SmolLM2,
-Qwen2.5 and Qwen3.
+"""One decoder family: our own model (Llama 3 with QK-norm), Llama 3.x, SmolLM2, Qwen2.5 and Qwen3.
 
 Axis letters, for the whole package: B batch, T query position, S key position, D model,
-F feed-forward, N query heads, K kv heads, G = N / K, H head width, V vocabulary, L layers,
-J projections joined in one.
+F feed-forward, N query heads, K kv heads, G = N / K, H head width, h = H / 2, V vocabulary,
+L layers, J projections joined in one.
 
-The model knows nothing of training, meshes or files. Parameters and activations carry logical axis
-names; `partitioning.py` says what they mean on a mesh.
+Parameters and activations carry logical axis names; `runtime/partitioning.py` maps them to the axes
+of a mesh. A weight's name ends in the letters of its axes.
 """
 
-import dataclasses
 import functools
-from typing import Any
+import math
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from pydantic import Field
 
-from selfimprove_jax.models.attention import IMPLEMENTATIONS, attend
-from selfimprove_jax.models.projections import make_bias, make_weight, project, project_each
-from selfimprove_jax.models.rope import RopeScaling, rope
+from selfimprove_jax.models import cpu
+from selfimprove_jax.models.attention import Implementation, attend
+from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.runtime.config import section
 
+Size = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 _POLICIES = jax.checkpoint_policies
 REMAT_POLICIES = {
   "none": None,
@@ -35,58 +38,73 @@ REMAT_POLICIES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@section
+class RopeScaling:
+  """Llama 3.1's stretched rotary frequencies, for contexts longer than the pretraining's.
+
+  Attributes:
+    factor: divides the slow frequencies; 1.0 leaves all as they are.
+    low_freq_factor: wavelengths above `original_max_positions / low_freq_factor` are slow.
+    high_freq_factor: wavelengths below `original_max_positions / high_freq_factor` stay; those
+      between the two are interpolated.
+    original_max_positions: context length of the pretraining.
+  """
+
+  factor: Annotated[float, Field(gt=0)] = 1.0
+  low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: Size = 8192
+
+  def __post_init__(self) -> None:
+    if self.low_freq_factor >= self.high_freq_factor:
+      raise ValueError(
+        f"low_freq_factor={self.low_freq_factor} must be below "
+        f"high_freq_factor={self.high_freq_factor}"
+      )
+
+
+@section
 class LlamaConfig:
   """The shape and numerics of a model.
 
   Attributes:
-    qk_norm: RMSNorm on each head's query and key before RoPE (Qwen3's form).
-    qkv_bias: biases on the query, key and value projections (Qwen2's form).
-    rope_scaling: Llama 3.1's; a dict of its fields will do.
+    qk_norm: RMSNorm on each head's query and key before RoPE, as in Qwen3.
+    qkv_bias: biases on the query, key and value projections, as in Qwen2.
     dropout_rate: on the embeddings and on both residual branches, in training only.
-    dtype: of activations.
-    param_dtype: of the parameters: float32 to train, bfloat16 will do to sample.
-    remat: a name in `REMAT_POLICIES`: what the backward pass recomputes.
-    attention: a name in `attention.IMPLEMENTATIONS`.
-    scan_unroll: layers a step of the scan; more is a little faster on CPU and slower to compile.
-    unrolled: the parameters' form to sample with (`models/unrolled.py` makes it): each layer's by
-      themselves, with query, key and value joined, and gate and up. A cache needs it.
+    dtype: dtype of activations.
+    param_dtype: dtype of the parameters; float32 to train, bfloat16 is enough to sample.
+    remat: what the backward pass recomputes; "none" keeps every activation.
+    attention: see `attention.attend`. "cpu" also arranges the projections and norms for CPUs.
+    scan_unroll: layers in one step of the scan; more is faster on CPU and slower to compile.
   """
 
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  mlp_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
+  vocab_size: Size
+  num_layers: Size
+  embed_dim: Size
+  mlp_dim: Size
+  num_heads: Size
+  num_kv_heads: Size
+  head_dim: Size
   qk_norm: bool = True
   qkv_bias: bool = False
   tie_embeddings: bool = True
-  rope_theta: float = 500_000.0
-  rope_scaling: RopeScaling | dict | None = None
-  norm_eps: float = 1e-6
-  dropout_rate: float = 0.0
-  dtype: str = "bfloat16"
-  param_dtype: str = "float32"
-  remat: str = "none"
-  attention: str = "xla"
-  scan_unroll: int = 1
-  unrolled: bool = False
+  rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
+  rope_scaling: RopeScaling = RopeScaling()
+  norm_eps: Annotated[float, Field(ge=0)] = 1e-6
+  dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+  dtype: Dtype = "bfloat16"
+  param_dtype: Dtype = "float32"
+  remat: Literal["none", "full", "dots", "qkv_context"] = "none"
+  attention: Implementation = "auto"
+  scan_unroll: Size = 1
 
-  def __post_init__(self):
-    if isinstance(self.rope_scaling, dict):  # as JSON and configs hold it
-      object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+  def __post_init__(self) -> None:
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-        f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
       )
     if self.head_dim % 2:
-      raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns pairs")
-    if self.remat not in REMAT_POLICIES:
-      raise ValueError(f"remat={self.remat!r} is unknown; choose one of {list(REMAT_POLICIES)}")
-    if self.attention not in IMPLEMENTATIONS:
-      raise ValueError(f"attention={self.attention!r} is unknown; choose one of {IMPLEMENTATIONS}")
+      raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
   @property
   def num_parameters(self) -> int:
@@ -99,37 +117,120 @@ class LlamaConfig:
     return self.num_layers * layer + embeddings + self.embed_dim
 
   def forward_flops_per_token(self, seq_len: int) -> int:
-    """Multiply-adds counted twice; causal attention counted half; the embedding lookup is free."""
+    """Counts a multiply-add as 2, causal attention half, and the embedding lookup as free."""
     lookup = 0 if self.tie_embeddings else self.vocab_size * self.embed_dim
     attention = 2 * self.num_layers * self.num_heads * self.head_dim * seq_len
     return 2 * (self.num_parameters - lookup) + attention
 
   def train_flops_per_token(self, seq_len: int) -> int:
-    """Three forward passes; what remat computes again is not counted."""
+    """Counts three forward passes; what remat recomputes does not count."""
     return 3 * self.forward_flops_per_token(seq_len)
+
+
+# ---- Weights and projections
+
+
+def make_weight(module: nn.Module, c: LlamaConfig, name: str, shape, fan_in=None) -> Array:
+  """Creates a weight whose logical axes are the letters of its name; returns it in `c.dtype`."""
+  init = nn.initializers.normal((fan_in or shape[0]) ** -0.5)
+  return _make_param(module, c, name, shape, init).astype(c.dtype)
+
+
+def make_bias(module: nn.Module, c: LlamaConfig, name: str, shape) -> Array:
+  """Creates a bias of zeros with two leading axes to broadcast over B and T."""
+  return _make_param(module, c, name, shape, nn.initializers.zeros).astype(c.dtype)[None, None]
+
+
+def _make_param(module: nn.Module, c: LlamaConfig, name: str, shape, init) -> Array:
+  axes = {"D": "embed", "N": "heads", "K": "kv_heads", "F": "mlp", "V": "vocab"}
+  logical = tuple(axes.get(letter) for letter in name.rsplit("_", 1)[1])
+  init = nn.with_logical_partitioning(init, logical)
+  return module.param(name, init, shape, jnp.dtype(c.param_dtype))
+
+
+def project(x: Float[Array, "B T ..."], weight: Array, dtype: Any = None) -> Array:
+  """Multiplies `x_BTi..` by `weight_i..o..`: the weight's leading axes are those of x after T.
+
+  One matmul of two matrices: with B and T apart, XLA's CPU backend takes twice as long over the
+  weight's gradient.
+  """
+  B, T, *contracted = x.shape
+  out = weight.shape[len(contracted) :]
+  i = math.prod(contracted)
+  y = jnp.dot(x.reshape(B * T, i), weight.reshape(i, -1), preferred_element_type=dtype)
+  return y.reshape(B, T, *out)
+
+
+# ---- Rotary position embedding (Su et al. 2021)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " h"]:
+  """Returns the radians per position of each pair of a head's coordinates."""
+  frequencies_h = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+  if scaling.factor == 1.0:  # the formula below would round
+    return frequencies_h.astype(np.float32)
+  s = scaling
+  turns_h = s.original_max_positions * frequencies_h / (2 * np.pi)  # within the old context
+  keep_h = (turns_h - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+  keep_h = np.clip(keep_h, 0.0, 1.0)
+  scaled_h = (1 - keep_h) * frequencies_h / s.factor + keep_h * frequencies_h
+  return scaled_h.astype(np.float32)
+
+
+def rope(
+  x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], c: LlamaConfig
+) -> Float[Array, "B T N H"]:
+  """Rotates each head in float32; pairs coordinate i with i + H / 2, as Hugging Face does."""
+  frequencies_h = jnp.asarray(rope_frequencies(x_BTNH.shape[-1], c.rope_theta, c.rope_scaling))
+  angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_h[None, None, None]
+  sin, cos = jnp.sin(angles_BT1h), jnp.cos(angles_BT1h)
+  x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x_BTNH.dtype)
+
+
+# ---- The cache of keys and values
 
 
 @flax.struct.dataclass
 class LayerCache:
-  """Keys and values that a layer has seen, at their positions."""
+  """One layer's keys and values at their positions; heads come before positions (see `attend`)."""
 
   k_BKSH: Float[Array, "B K S H"]
   v_BKSH: Float[Array, "B K S H"]
+
+  def write(
+    self, k_BKTH: Array, v_BKTH: Array, positions_BT: Array
+  ) -> tuple["LayerCache", Int[Array, "B S"]]:
+    """Returns the cache with new keys and values, and the position of each of its keys.
+
+    A cache no longer than the new keys is replaced by them; they must then begin at position 0.
+    """
+    B, K, S, _ = self.k_BKSH.shape
+    if positions_BT.shape[1] >= S:
+      return LayerCache(k_BKTH, v_BKTH), positions_BT
+    # Heads are indexed too: with a slice over heads, XLA for TPUs would keep the cache in another
+    # layout inside the loop of decode steps, which is a second copy of it.
+    at = (jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None], positions_BT[:, None])
+    cache = LayerCache(self.k_BKSH.at[at].set(k_BKTH), self.v_BKSH.at[at].set(v_BKTH))
+    return cache, jnp.broadcast_to(jnp.arange(S)[None], (B, S))
 
 
 Cache = tuple[LayerCache, ...]
 
 
 def init_cache(c: LlamaConfig, batch: int, length: int) -> Cache:
-  """An empty cache; an argument and a result of the unrolled model."""
+  """Returns an empty cache, an argument and a result of `decode_layout.DecodeLlama`."""
   shape = (batch, c.num_kv_heads, length, c.head_dim)
   return tuple(
     LayerCache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)) for _ in range(c.num_layers)
   )
 
 
+# ---- The model
+
+
 class RMSNorm(nn.Module):
-  """In float32; the weight multiplies after the cast back, as in Hugging Face's Llama."""
+  """RMSNorm in float32; the weight multiplies after the cast back, as in Hugging Face's Llama."""
 
   c: LlamaConfig
 
@@ -139,44 +240,39 @@ class RMSNorm(nn.Module):
     init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
     scale_D = self.param("scale", init, (x.shape[-1],), jnp.dtype(c.param_dtype))
 
-    def normalize(x, scale_D):
+    # Its own function, so that `cpu.recompute` can drop the float32 copies that it makes.
+    def normalize(x: Array, scale_D: Array) -> Array:
       x32 = x.astype(jnp.float32)
       x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + c.norm_eps)
       scale_D = scale_D.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
       return x32.astype(x.dtype) * scale_D
 
-    return _cheap_to_repeat(normalize, c)(x, scale_D)
+    return cpu.recompute(normalize, c)(x, scale_D)
 
 
 class Attention(nn.Module):
-  """Grouped-query attention with QK-norm and RoPE; reads the cache with what it adds to it."""
+  """Grouped-query attention (Ainslie et al. 2023) with QK-norm and RoPE."""
 
   c: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, cache):
+  def __call__(
+    self, x_BTD, positions_BT, segments_BT, cache
+  ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     c = self.c
     N, H = c.num_heads, c.head_dim
-    q_BTNH, k_BTKH, v_BTKH = self._joined(x_BTD) if c.unrolled else self._apart(x_BTD)
+    q_BTNH, k_BTKH, v_BTKH = self.project_qkv(x_BTD)
     if c.qk_norm:
       q_BTNH = RMSNorm(c, name="q_norm")(q_BTNH)
       k_BTKH = RMSNorm(c, name="k_norm")(k_BTKH)
-    q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
-    k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c.rope_theta, c.rope_scaling), "qkv")
+    # The names are what the remat policy `qkv_context` saves.
+    q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c), "qkv")
+    k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
     k_BKSH, v_BKSH, key_positions_BS = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), positions_BT
-    if cache is not None and cache.k_BKSH.shape[2] > x_BTD.shape[1]:
-      # By index of the head too: a slice of heads would have TPUs keep the cache in another layout
-      # within the loop of decode steps, a second copy of it.
-      rows_B11 = jnp.arange(x_BTD.shape[0])[:, None, None]
-      heads_1K1 = jnp.arange(c.num_kv_heads)[None, :, None]
-      at = (rows_B11, heads_1K1, positions_BT[:, None])
-      k_BKSH = cache.k_BKSH.at[at].set(k_BKSH)
-      v_BKSH = cache.v_BKSH.at[at].set(v_BKSH)
-      B, _, S, _ = k_BKSH.shape
-      key_positions_BS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
     if cache is not None:
-      cache = LayerCache(k_BKSH, v_BKSH)
+      cache, key_positions_BS = cache.write(k_BKSH, v_BKSH, positions_BT)
+      k_BKSH, v_BKSH = cache.k_BKSH, cache.v_BKSH
     context_BTNH = attend(
       q_BTNH,
       k_BKSH,
@@ -188,77 +284,79 @@ class Attention(nn.Module):
       implementation=c.attention,
     )
     context_BTNH = checkpoint_name(context_BTNH, "context")
+    # Weights that write to the residual stream start smaller, by the number of such writes (GPT-2).
     wo_NHD = make_weight(self, c, "wo_NHD", (N, H, c.embed_dim), 2 * c.num_layers * N * H)
     return project(context_BTNH, wo_NHD), cache
 
-  def _apart(self, x_BTD):
+  def project_qkv(self, x_BTD) -> tuple[Array, Array, Array]:
     c = self.c
     D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-    weight = functools.partial(make_weight, self, c, fan_in=D)
-    weights = weight("wq_DNH", (D, N, H)), weight("wk_DKH", (D, K, H)), weight("wv_DKH", (D, K, H))
-    q_BTNH, k_BTKH, v_BTKH = project_each(x_BTD, *weights)
+    wq_DNH = make_weight(self, c, "wq_DNH", (D, N, H))
+    wk_DKH = make_weight(self, c, "wk_DKH", (D, K, H))
+    wv_DKH = make_weight(self, c, "wv_DKH", (D, K, H))
+    if cpu.is_chosen(c.attention):
+      q_BTNH, k_BTKH, v_BTKH = cpu.project_each(x_BTD, wq_DNH, wk_DKH, wv_DKH)
+    else:
+      q_BTNH, k_BTKH, v_BTKH = (project(x_BTD, w) for w in (wq_DNH, wk_DKH, wv_DKH))
     if c.qkv_bias:
-      q_BTNH += make_bias(self, c, "bq_NH", (N, H))[None, None]
-      k_BTKH += make_bias(self, c, "bk_KH", (K, H))[None, None]
-      v_BTKH += make_bias(self, c, "bv_KH", (K, H))[None, None]
+      q_BTNH += make_bias(self, c, "bq_NH", (N, H))
+      k_BTKH += make_bias(self, c, "bk_KH", (K, H))
+      v_BTKH += make_bias(self, c, "bv_KH", (K, H))
     return q_BTNH, k_BTKH, v_BTKH
-
-  def _joined(self, x_BTD):
-    """By one product: a decode step is as fast as its weights are read."""
-    c = self.c
-    K, H, J = c.num_kv_heads, c.head_dim, c.num_heads // c.num_kv_heads + 2
-    qkv_BTKJH = project(x_BTD, make_weight(self, c, "wqkv_DKJH", (c.embed_dim, K, J, H)))
-    if c.qkv_bias:
-      qkv_BTKJH += make_bias(self, c, "bqkv_KJH", (K, J, H))[None, None]
-    q_BTNH = qkv_BTKJH[:, :, :, :-2].reshape(*x_BTD.shape[:2], c.num_heads, H)
-    return q_BTNH, qkv_BTKJH[:, :, :, -2], qkv_BTKJH[:, :, :, -1]
 
 
 class SwiGLU(nn.Module):
+  """The feed-forward network `down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
+
   c: LlamaConfig
 
   @nn.compact
-  def __call__(self, x_BTD):
+  def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     c = self.c
-    weight = functools.partial(make_weight, self, c)
-    if c.unrolled:
-      both_BTJF = project(x_BTD, weight("w_gate_up_DJF", (c.embed_dim, 2, c.mlp_dim)))
-      gate_BTF, up_BTF = both_BTJF[:, :, 0], both_BTJF[:, :, 1]
-    else:
-      gate_BTF = project(x_BTD, weight("w_gate_DF", (c.embed_dim, c.mlp_dim)))
-      up_BTF = project(x_BTD, weight("w_up_DF", (c.embed_dim, c.mlp_dim)))
-    w_down_FD = weight("w_down_FD", (c.mlp_dim, c.embed_dim), 2 * c.num_layers * c.mlp_dim)
+    gate_BTF, up_BTF = self.project_gate_up(x_BTD)
+    fan_in = 2 * c.num_layers * c.mlp_dim
+    w_down_FD = make_weight(self, c, "w_down_FD", (c.mlp_dim, c.embed_dim), fan_in)
 
-    def down(gate_BTF, up_BTF, w_down_FD):
+    def down(gate_BTF: Array, up_BTF: Array, w_down_FD: Array) -> Array:
       return project(jax.nn.silu(gate_BTF) * up_BTF, w_down_FD)
 
-    return _cheap_to_repeat(down, c)(gate_BTF, up_BTF, w_down_FD)
+    return cpu.recompute(down, c)(gate_BTF, up_BTF, w_down_FD)
+
+  def project_gate_up(self, x_BTD) -> tuple[Array, Array]:
+    c = self.c
+    gate_BTF = project(x_BTD, make_weight(self, c, "w_gate_DF", (c.embed_dim, c.mlp_dim)))
+    up_BTF = project(x_BTD, make_weight(self, c, "w_up_DF", (c.embed_dim, c.mlp_dim)))
+    return gate_BTF, up_BTF
 
 
 class Layer(nn.Module):
-  """Pre-norm attention and feed-forward, each on a residual branch."""
+  """A decoder layer: pre-norm attention and feed-forward, each on a residual branch."""
 
   c: LlamaConfig
   deterministic: bool
 
+  # `decode_layout.DecodeLayer` puts in modules that join projections.
+  attention_class = Attention
+  mlp_class = SwiGLU
+
   @nn.compact
-  def __call__(self, x_BTD, positions_BT, segments_BT, cache=None):
+  def __call__(
+    self, x_BTD, positions_BT, segments_BT, cache=None
+  ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     c = self.c
     dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
     h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
-    h_BTD, cache = Attention(c, name="attention")(h_BTD, positions_BT, segments_BT, cache)
+    attention = self.attention_class(c, name="attention")
+    h_BTD, cache = attention(h_BTD, positions_BT, segments_BT, cache)
     x_BTD += dropout(name="attention_dropout")(h_BTD)
     h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
-    x_BTD += dropout(name="mlp_dropout")(SwiGLU(c, name="mlp")(h_BTD))
+    x_BTD += dropout(name="mlp_dropout")(self.mlp_class(c, name="mlp")(h_BTD))
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     return x_BTD, cache
 
 
 class Llama(nn.Module):
-  """Tokens in, hidden states or logits out.
-
-  The layers are scanned, their weights stacked on L; unrolled, each has its own.
-  """
+  """Maps tokens to logits or hidden states; the layers are scanned, their weights stacked on L."""
 
   c: LlamaConfig
 
@@ -278,39 +376,27 @@ class Llama(nn.Module):
     Args:
       positions_BT: counted from the start of each document.
       segments_BT: document of each token, 0 for padding; None if a row is one document.
-      cache: if given, keys and values are written at `positions_BT` and read from the cache; one no
-        longer than the tokens is filled with theirs, which must begin at position 0.
+      cache: keys and values are written to it at `positions_BT`, and attention reads all of it;
+        only `decode_layout.DecodeLlama` takes one.
       deterministic: False turns dropout on, with the rng named "dropout".
-      logits: False gives the final hidden states (after the last norm) instead.
+      logits: False returns the final hidden states (after the last norm) instead.
 
     Returns:
       float32 logits (or hidden states in `c.dtype`), and the new cache (None without one).
     """
     c = self.c
-    if cache is not None and not c.unrolled:
-      raise ValueError("a cache needs an unrolled model: see models/unrolled.py")
     if cache is not None and segments_BT is not None:
-      raise ValueError("a cache holds one document a row: pass segments or a cache, not both")
-    embedding_VD = self.param(
-      "embedding_VD",
-      nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
-      (c.vocab_size, c.embed_dim),
-      jnp.dtype(c.param_dtype),
+      raise ValueError("a cache holds one document per row: pass segments or a cache, not both")
+    embedding_VD = _make_param(
+      self, c, "embedding_VD", (c.vocab_size, c.embed_dim), nn.initializers.normal(0.02)
     )
-    # Its width whole on every device, or the lookup gives rows in the table's layout, which XLA can
-    # only turn into the batch's by copying all of them to all devices.
+    # Every device looks up whole rows of the table. If D were sharded, the result would have the
+    # table's layout, which XLA can turn into the batch's only by an all-gather of all of it.
     table_VD = nn.with_logical_constraint(embedding_VD.astype(c.dtype), ("vocab", "act_embed"))
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     x_BTD = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x_BTD)
-    if c.unrolled:
-      caches = [None] * c.num_layers if cache is None else list(cache)
-      for i in range(c.num_layers):
-        layer = Layer(c, deterministic, name=f"layers_{i}")
-        x_BTD, caches[i] = layer(x_BTD, positions_BT, segments_BT, caches[i])
-      cache = None if cache is None else tuple(caches)
-    else:
-      x_BTD = self._scanned_layers(x_BTD, positions_BT, segments_BT, deterministic)
+    x_BTD, cache = self.run_layers(x_BTD, positions_BT, segments_BT, cache, deterministic)
     x_BTD = RMSNorm(c, name="final_norm")(x_BTD)
     if c.tie_embeddings:
       head_DV = embedding_VD.T
@@ -318,13 +404,17 @@ class Llama(nn.Module):
       head_DV = make_weight(self, c, "head_DV", (c.embed_dim, c.vocab_size))
     if not logits:
       return x_BTD, cache
-    logits_BTV = project(x_BTD, head_DV.astype(c.dtype), jnp.float32)
-    return logits_BTV, cache
+    return project(x_BTD, head_DV.astype(c.dtype), jnp.float32), cache
 
-  def _scanned_layers(self, x_BTD, positions_BT, segments_BT, deterministic):
+  def run_layers(
+    self, x_BTD, positions_BT, segments_BT, cache, deterministic: bool
+  ) -> tuple[Float[Array, "B T D"], Cache | None]:
     c = self.c
+    if cache is not None:
+      raise ValueError("Llama takes no cache; decode_layout.DecodeLlama is the form to sample with")
     layer = Layer
     if c.remat != "none":
+      # The scan already keeps XLA from merging the recomputation with the forward pass.
       layer = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=False)
     layers = nn.scan(
       layer,
@@ -335,18 +425,28 @@ class Llama(nn.Module):
       unroll=c.scan_unroll,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(c, deterministic, name="layers")
-    x_BTD, _ = layers(x_BTD, positions_BT, segments_BT)
-    return x_BTD
+    return layers(x_BTD, positions_BT, segments_BT)
+
+
+# ---- Parameters
 
 
 def output_head(params: Any) -> Float[Array, "V D"]:
-  """The matrix that turns hidden states into logits: the embedding, if tied."""
+  """Returns the matrix that turns hidden states into logits: the embedding, if tied."""
   return params["head_DV"].T if "head_DV" in params else params["embedding_VD"]
 
 
-def _cheap_to_repeat(function, c):
-  """The function, of whose inner values the backward pass keeps none where a layer keeps all.
+def init_params(model: Llama, key: jax.Array) -> Any:
+  """Makes random parameters in Flax boxes that carry their logical axis names."""
+  tokens_BT = jnp.zeros((1, 2), jnp.int32)
+  return model.init(key, tokens_BT, tokens_BT)["params"]
 
-  They are quicker made again from the arguments than written and read: products are not repeated.
-  """
-  return jax.checkpoint(function) if c.remat == "none" else function
+
+def abstract_params(model: Llama, mesh: Mesh) -> Any:
+  """Returns shapes, dtypes and shardings of the parameters; allocates nothing."""
+  boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    partitioning.param_shardings(boxed, mesh),
+  )

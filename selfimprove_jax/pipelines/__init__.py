@@ -1,0 +1,1 @@
+"""One folder per system, each with `Config`, `stages(config)` and `report(run)`."""

@@ -1,29 +1,56 @@
-"""What a run found: report.json, report.html and the table printed at its end.
+"""What a run found, as data, and its renderers: an HTML page, the terminal, JSON.
 
-A report is a JSON-able dict. Optional keys are marked `?`; a run without that stage leaves them
-out, or gives None or nothing. An estimate is {"value", "stderr", "unit"}.
-
-  title, command    what was run
-  commit            str or None
-  config            nested dict: the whole config
-  versions          name -> version
-  hardware          name -> what the run had
-  arms              name -> {
-    label, train_tokens, steps, train_flops, all_in_flops, seconds, weight_decay, dropout_rate,
-    best_validation, final_validation,
-    evals           {"heldout_nll": estimate, "bits_per_byte": estimate}
-    passes?         source -> how often its documents were seen, 0.97
-    flops_parts?    any of seed, embedding, tuning, sampling, arm -> FLOPs
-    curve?          [{"step", "tokens", "train_loss" or None, "validation_loss" or None}]}
-  comparison        what `evaluation.comparison.compare` returns
-  stages?           [{"name", "seconds", "tokens", "flops"}], None where it does not apply
-  corpus?, tokenizer?  name -> count or fact
-  conditioning?     {"true_nll", "random_nll", "gap": estimate, "gate", "num_pairs"}
-  relevance?        {"own", "random", "real": estimate or number, "retained_share"}
-  pairs?            {"counts"?: name -> count, "recall"?: estimate, "similarities"?: [number]}
-  synthesis?        source -> {"counts"?, "finish_reasons"?: name -> count,
-                               "quality"?: name -> estimate}
-  examples?         [{"source", "seed_id", "seed_text", "text", "finish_reason", "similarity"}];
-                    an unconditional sample has None for its seed's text
-  pair_examples?    [{"d1", "d2", "d1_text", "d2_text", "similarity"}]
+made = pipeline.report(run)
+page = report.write(made, folder)
+print(report.to_terminal(made))
 """
+
+import json
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from selfimprove_jax.report.report import Report
+from selfimprove_jax.runs import storage
+
+
+def write(report: Report, folder: str | os.PathLike) -> storage.Path:
+  """Writes `report.json` and `report.html` into `folder` and returns the path of the page.
+
+  The files hold no date and no random ids: the same report gives the same bytes.
+  """
+  from selfimprove_jax.report import page
+
+  folder = storage.path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  storage.write_atomic(folder / "report.json", to_json(report).encode())
+  storage.write_atomic(folder / "report.html", page.render(report).encode())
+  return folder / "report.html"
+
+
+def to_terminal(report: Report, *, examples: bool = False, width: int = 100) -> str:
+  """Returns the summary and the claims as text; `examples` adds every other section."""
+  from selfimprove_jax.report import terminal
+
+  return terminal.render(report, examples=examples, width=width)
+
+
+def to_json(report: Report) -> str:
+  """Returns the report's data as JSON, numbers unrounded; NaN and infinity become null."""
+  data = {"title": report.title, "command": report.command, **report.data}
+  return json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  """Turns NumPy numbers and arrays into Python's, and tuples into lists."""
+  if isinstance(value, dict):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, np.ndarray | np.generic):
+    return _plain(value.tolist())
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

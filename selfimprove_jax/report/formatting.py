@@ -1,79 +1,117 @@
-"""Numbers, names and texts as the report writes them."""
+"""Writes numbers, times, signs and names for tables, figures and sentences."""
 
-import html
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from selfimprove_jax.report.report import Bar, Form, Interval, Label, Number, Real, Stack
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
-_PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
-
-# The order in which arms are shown; others follow in the order of their names.
-_ARMS = ("baseline", "sbp", "unconditional", "random_pairs", "oracle", "baseline_all_in")
-
-
-def escape(text: Any) -> str:
-  """Text that may stand anywhere in the page."""
-  return html.escape(str(text), quote=True)
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
+_DIGITS = {"fixed": 3, "percent": 0, "general": 4}
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 
 
-def arm_names(arms: dict[str, Any]) -> list[str]:
-  """The arms of a report in the order in which they are shown."""
-  known = [name for name in _ARMS if name in arms]
-  return known + sorted(name for name in arms if name not in _ARMS)
+def text(cell: Any) -> str:
+  """Writes a cell, or a plain value, on one line."""
+  match cell:
+    case None:
+      return MISSING
+    case bool():
+      return "yes" if cell else "no"
+    case Number():
+      return _number(cell)
+    case Interval(low, high):
+      return interval((low, high))
+    case Label(label):
+      return label
+    case Stack(lines):
+      return ", ".join(text(line) for line in lines)
+    case Bar():
+      return ""
+    case int():
+      return f"{cell:,}".replace("-", _MINUS)
+    case float():
+      return _number(Number(cell, form="general"))
+    case list() | tuple():
+      return ", ".join(text(item) for item in cell)
+    case Mapping():
+      return ", ".join(f"{words(key)} {text(item)}" for key, item in cell.items())
+  return str(cell)
 
 
-def arm_role(name: str, names: list[str]) -> str:
-  """The colour role of an arm: fixed for the arms of the job, `other0`.. for further ones."""
-  if name in _ARMS:
-    return "arm-" + name.replace("_", "-")
-  others = [other for other in names if other not in _ARMS]
-  return f"arm-other{others.index(name) % 3}"
+def _number(number: Number) -> str:
+  written = _value(number.value, number, "+" if number.signed else "")
+  if number.stderr is not None:
+    written += f" {PLUS_MINUS} {_value(number.stderr, number, '')}"
+  return written
 
 
-def fixed(number: float | int | None, digits: int = 3) -> str:
-  """`-0.0571` as 0.057 with a minus sign; a dash for what is missing."""
+def _value(value: Real | None, number: Number, sign: str) -> str:
+  if value is None or not math.isfinite(value):
+    return MISSING
+  digits = _DIGITS.get(number.form) if number.digits is None else number.digits
+  match number.form:
+    case "short":
+      return short(value)
+    case "seconds":
+      return duration(value)
+    case "percent":
+      written = f"{100 * value:{sign}.{digits}f}%"
+    case "fixed":
+      written = f"{value:{sign}.{digits}f}"
+    case "general":
+      written = f"{value:{sign}.{digits}g}"
+  return written.replace("-", _MINUS)
+
+
+def decimals(stderr: Real) -> int:
+  """Counts the decimals that show two digits of a standard error."""
+  if not stderr or not math.isfinite(stderr):
+    return 3
+  return min(max(1 - math.floor(math.log10(abs(stderr))), 0), 8)
+
+
+def plus_minus(stderr: Real, *, form: Form = "fixed") -> str:
+  """Writes `0.021` as `\N{PLUS-MINUS SIGN} 0.021`."""
+  return f"{PLUS_MINUS} {_number(Number(stderr, form=form))}"
+
+
+def fixed(value: Real | None) -> str:
+  """Writes `-0.0571` as 0.057 with a minus sign, and a missing number as a dash."""
+  return _number(Number(value))
+
+
+def signed(value: Real | None) -> str:
+  """Writes `0.0571` as `+0.057`."""
+  return _number(Number(value, signed=True))
+
+
+def interval(low_high: Sequence[Real]) -> str:
+  """Writes an interval as `+0.019 to +0.095`."""
+  return f"{signed(low_high[0])} to {signed(low_high[1])}"
+
+
+def percent(share: Real | None, digits: int = 0) -> str:
+  """Writes `0.4` as `40%`."""
+  return _number(Number(share, form="percent", digits=digits))
+
+
+def short(number: Real | None, *, pad: bool = True) -> str:
+  """Writes three digits and a metric prefix: 1.56M, 4.90T; without `pad`, for ticks, 4.9T."""
   if number is None or not math.isfinite(number):
     return MISSING
-  return f"{number:.{digits}f}".replace("-", _MINUS)
+  exponent = 0
+  while abs(number) >= 999.5 and exponent < len(_PREFIXES) - 1:
+    number /= 1000
+    exponent += 1
+  digits = f"{number:#.3g}".rstrip(".") if pad and exponent else f"{number:.3g}"
+  return f"{digits}{_PREFIXES[exponent]}".replace("-", _MINUS)
 
 
-def signed(number: float | int | None, digits: int = 3) -> str:
-  """`0.0571` as `+0.057`."""
-  if number is None or not math.isfinite(number):
-    return MISSING
-  return f"{number:+.{digits}f}".replace("-", _MINUS)
-
-
-def with_error(estimate: dict[str, Any] | float | int | None, digits: int = 3) -> str:
-  """`3.957 ± 0.021` of an estimate, `3.957` of a plain number."""
-  if isinstance(estimate, dict):
-    return f"{fixed(estimate['value'], digits)} {_PLUS_MINUS} {fixed(estimate['stderr'], digits)}"
-  return fixed(estimate, digits)
-
-
-def interval(low_high: list[float], digits: int = 3) -> str:
-  return f"{signed(low_high[0], digits)} to {signed(low_high[1], digits)}"
-
-
-def percent(share: float | int | None, digits: int = 0) -> str:
-  return MISSING if share is None else f"{fixed(100 * share, digits)}%"
-
-
-def short(number: float | int | None, *, pad: bool = True) -> str:
-  """Three digits and a prefix: 1.56M, 4.90T (4.9T without `pad`)."""
-  if number is None or not math.isfinite(number):
-    return MISSING
-  prefixes = ["", "k", "M", "G", "T", "P", "E", "Z", "Y"]
-  while abs(number) >= 999.5 and len(prefixes) > 1:
-    number = number / 1000
-    prefixes.pop(0)
-  digits = f"{number:#.3g}".rstrip(".") if pad and prefixes[0] else f"{number:.3g}"
-  return f"{digits}{prefixes[0]}".replace("-", _MINUS)
-
-
-def duration(seconds: float | int | None) -> str:
-  """`4.2 s`, `2 min 05 s`, `3 h 10 min`."""
+def duration(seconds: Real | None) -> str:
+  """Writes a time as `4.2 s`, `2 min 05 s`, `3 h 10 min`."""
   if seconds is None:
     return MISSING
   if seconds < 59.95:
@@ -84,41 +122,17 @@ def duration(seconds: float | int | None) -> str:
   return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def value(anything: Any) -> str:
-  """A leaf of a table of facts: counts with separators, other numbers to four digits."""
-  if isinstance(anything, bool) or anything is None:
-    return {True: "yes", False: "no", None: MISSING}[anything]
-  if isinstance(anything, int):
-    return f"{anything:,}".replace("-", _MINUS)
-  if isinstance(anything, float):
-    return f"{anything:.4g}".replace("-", _MINUS)
-  if isinstance(anything, list):
-    return ", ".join(value(item) for item in anything)
-  if isinstance(anything, dict):
-    if "value" in anything and "stderr" in anything:
-      unit = f" {anything['unit']}" if anything.get("unit") else ""
-      return with_error(anything, _decimals(anything["stderr"])) + unit
-    return ", ".join(f"{words(key)} {value(item)}" for key, item in anything.items())
-  return str(anything)
-
-
-def _decimals(stderr: float | None) -> int:
-  """As many as show two digits of the standard error."""
-  if not stderr or not math.isfinite(stderr):
-    return 3
-  return min(max(1 - math.floor(math.log10(abs(stderr))), 0), 8)
-
-
-def words(key: str) -> str:
-  """`num_pairs_dropped` as `pairs dropped`."""
+def words(key: Any) -> str:
+  """Writes `num_pairs_dropped` as `pairs dropped`."""
   return str(key).removeprefix("num_").replace("_", " ").replace("flops", "FLOPs")
 
 
 def flatten(tree: Any, path: str = "") -> list[tuple[str, Any]]:
-  """The leaves of nested dicts with their dotted paths, in order."""
-  if isinstance(tree, dict) and tree:
-    leaves = []
-    for key, item in tree.items():
-      leaves += flatten(item, f"{path}.{key}" if path else str(key))
-    return leaves
-  return [(path, tree)]
+  """Lists the leaves of nested dicts with their dotted paths, in order."""
+  if not (isinstance(tree, Mapping) and tree):
+    return [(path, tree)]
+  return [
+    leaf
+    for key, item in tree.items()
+    for leaf in flatten(item, f"{path}.{key}" if path else str(key))
+  ]

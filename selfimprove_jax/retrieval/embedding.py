@@ -1,24 +1,54 @@
-"""Documents as unit vectors, whose inner product is their similarity.
+"""Embeds documents as unit vectors, whose inner product is their similarity.
 
 Axis letters: C documents, E embedding, B batch, T position, D model.
 
-Two embedders share one convention: a row has length 1, or is all zeros where there is nothing to
-embed; a zero row is at similarity 0 to everything, so no pair is ever made of it. The SBP paper
-embeds with Qwen3-Embedding-0.6B (1024-d); both embedders here need no download.
+A row has length 1, or is all zeros if there is nothing to embed; a zero row has similarity 0 to
+everything, so no pair is ever made of it. The SBP paper embeds with Qwen3-Embedding-0.6B (1024-d);
+neither embedder here needs a download.
 """
 
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from pydantic import Field
+
+from selfimprove_jax.runtime.config import section
 
 _CHUNK_BYTES = 16 << 20
-_NORM_OF_NOTHING = 1e-6  # of a projected unit vector; below it a direction is rounding noise
+_MIN_NORM = 1e-6  # of a projected unit vector; below it the direction is rounding noise
+
+
+@section
+class TfidfSvdConfig:
+  """Embeds by `TfidfSvd`, fitted on the training documents.
+
+  Attributes:
+    dim: directions of the SVD; less than the number of documents and of words that two share.
+  """
+
+  method: Literal["tfidf_svd"] = "tfidf_svd"
+  dim: Annotated[int, Field(ge=1)]
+
+
+@section
+class SeedModelConfig:
+  """Embeds by the mean hidden state of the pretrained model (`mean_pooled`).
+
+  Attributes:
+    batch_size: documents per forward pass.
+  """
+
+  method: Literal["seed_model"] = "seed_model"
+  batch_size: Annotated[int, Field(ge=1)]
+
+
+EmbeddingConfig = Annotated[TfidfSvdConfig | SeedModelConfig, Field(discriminator="method")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +65,10 @@ class TfidfSvd:
   def fit(cls, texts: Sequence[str], *, dim: int, seed: int) -> "TfidfSvd":
     """Learns the words, their weights and the `dim` directions.
 
-    Words found in one document alone are left out: they can link no two documents.
+    Leaves out words found in one document alone: they can link no two documents.
 
     Args:
-      dim: Less than the number of texts and of shared words.
-      seed: Of the randomized SVD. The result does not depend on the number of threads.
+      seed: seeds the randomized SVD. The result does not depend on the number of threads.
 
     Raises:
       ValueError: the corpus is too small for `dim`.
@@ -48,15 +77,13 @@ class TfidfSvd:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if dim < 1:
-      raise ValueError(f"dim={dim}: an embedding has at least 1 dimension")
     if len(texts) <= dim:
       raise ValueError(f"dim={dim} needs more than {dim} documents; there are {len(texts)}")
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
     try:
       counts_CV = vectorizer.fit_transform(texts)
       num_words = counts_CV.shape[1]
-    except ValueError:  # scikit-learn's word for an empty vocabulary
+    except ValueError:  # scikit-learn's error for an empty vocabulary
       num_words = 0
     if num_words <= dim:
       raise ValueError(
@@ -64,23 +91,18 @@ class TfidfSvd:
         f"documents share {num_words}"
       )
     svd = TruncatedSVD(dim, random_state=seed)
-    with threadpoolctl.threadpool_limits(1):  # BLAS sums in another order on more threads
+    with threadpoolctl.threadpool_limits(1):  # with more threads BLAS sums in another order
       svd.fit(counts_CV)
     return cls(vectorizer, svd)
 
   def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "C E"]:
-    """Float32 unit rows; a zero row for a text with no word that `fit` saw."""
+    """Returns float32 unit rows; a zero row for a text with no word that `fit` saw."""
     import threadpoolctl
 
-    if not texts:
+    if not texts:  # the vectorizer refuses an empty list
       return np.zeros((0, self.svd.n_components), np.float32)
     with threadpoolctl.threadpool_limits(1):
       return _unit_rows(self.svd.transform(self.vectorizer.transform(texts)))
-
-
-def tfidf_svd(texts: Sequence[str], *, dim: int, seed: int) -> Float[np.ndarray, "C E"]:
-  """Embeds documents with a `TfidfSvd` that was fitted on them."""
-  return TfidfSvd.fit(texts, dim=dim, seed=seed)(texts)
 
 
 def mean_pooled(
@@ -96,7 +118,7 @@ def mean_pooled(
   Args:
     hidden_fn: (tokens_BT, positions_BT, segment_ids_BT) -> hidden states; jit it: every call has
       the same shapes. Segment 0 is padding and does not count in the mean.
-    token_lists: One document each. Only its first `seq_len` tokens are read.
+    token_lists: one document each; only its first `seq_len` tokens are read.
 
   Returns:
     Float32 unit rows; a zero row for a document without tokens.
@@ -108,23 +130,20 @@ def mean_pooled(
     if len(batch) == batch_size:
       batches.append(_pool_batch(hidden_fn, batch, seq_len, batch_size, pad_id))
       batch = []
-  if batch or not batches:
+  if batch or not batches:  # no documents still give an array with D columns
     batches.append(_pool_batch(hidden_fn, batch, seq_len, batch_size, pad_id))
   return _unit_rows(np.concatenate(batches))
 
 
-def write_embeddings(
-  path: str | os.PathLike, embeddings_CE: Float[np.ndarray, "C E"], *, chunk_rows: int | None = None
-) -> None:
-  """Writes a new float32 zarr3 array at the folder `path`, chunked along C (16 MiB a chunk).
+def write_embeddings(path: str | os.PathLike, embeddings_CE: Float[np.ndarray, "C E"]) -> None:
+  """Writes a new float32 zarr3 array at the folder `path`, chunked along C (16 MiB per chunk).
 
   The folder can be a shard: `with writer.shard("00000-of-00001.zarr") as (path, counts): ...`.
   """
   import tensorstore as ts
 
   rows, dim = embeddings_CE.shape
-  if chunk_rows is None:
-    chunk_rows = max(1, min(rows, _CHUNK_BYTES // (4 * max(1, dim))))
+  chunk_rows = max(1, min(rows, _CHUNK_BYTES // (4 * max(1, dim))))
   spec = {
     **_zarr(path),
     "metadata": {
@@ -139,10 +158,9 @@ def write_embeddings(
 
 
 def open_embeddings(path: str | os.PathLike) -> Any:
-  """Opens what `write_embeddings` wrote, reading nothing yet.
+  """Opens an array that `write_embeddings` wrote, as a `tensorstore.TensorStore` of shape (C, E).
 
-  Returns:
-    A `tensorstore.TensorStore` of shape (C, E); `np.asarray(store[a:b])` reads those rows.
+  Reads no rows yet: `np.asarray(store[a:b])` does.
   """
   import tensorstore as ts
 
@@ -178,7 +196,7 @@ def _masked_mean(
   hidden_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
 ) -> Float[Array, "B D"]:
   is_token_BT = segment_ids_BT > 0
-  # where, not a product: a row of nothing but padding may hold NaN
+  # where, not a product: attention over nothing but padding may give NaN, and NaN * 0 is NaN.
   hidden_BTD = jnp.where(is_token_BT[:, :, None], hidden_BTD.astype(jnp.float32), 0.0)
   return hidden_BTD.sum(1) / jnp.maximum(is_token_BT.sum(1), 1)[:, None]
 
@@ -186,7 +204,6 @@ def _masked_mean(
 def _unit_rows(rows_CE: Float[np.ndarray, "C E"]) -> Float[np.ndarray, "C E"]:
   rows_CE = rows_CE.astype(np.float64)
   norms_C1 = np.linalg.norm(rows_CE, axis=1, keepdims=True)
-  is_something_C1 = norms_C1 > _NORM_OF_NOTHING
-  return np.where(is_something_C1, rows_CE / np.where(is_something_C1, norms_C1, 1), 0).astype(
-    np.float32
-  )
+  has_direction_C1 = norms_C1 > _MIN_NORM
+  units_CE = rows_CE / np.where(has_direction_C1, norms_C1, 1)
+  return np.where(has_direction_C1, units_CE, 0).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Near-duplicate texts: MinHash and LSH propose, the exact overlap of shingles decides.
+"""Finds near-duplicate texts: MinHash and LSH propose, the exact overlap of shingles decides.
 
-A text is a near-duplicate of another if the Jaccard overlap of their word shingles is more than
-`threshold`. LSH may miss one now and then (`collision_probability`); what it proposes is verified.
-Texts with fewer words than a shingle have no shingles and are near-duplicates of nothing.
+Two texts are near-duplicates if the Jaccard overlap of their word shingles exceeds `threshold`. LSH
+misses some (`collision_probability`); proposals are verified. Texts with fewer words than a shingle
+have no shingles and are near-duplicates of nothing.
 
-Memory: 4 bytes x `num_perm` a text, and the texts. A larger corpus goes shard by shard.
+Memory: the texts, and 4 bytes x `_NUM_PERM` per text. A larger corpus has to be searched by shards.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,28 +12,28 @@ from typing import Any
 
 from selfimprove_jax.data import shingles
 
-_MIN_RECALL = 0.98  # of pairs whose overlap is just the threshold
+_NUM_PERM = 128  # hash functions per signature
+_SEED = 0  # of the hash functions; decides only which near-duplicates LSH misses
+_MIN_RECALL = 0.98  # of pairs whose overlap is exactly the threshold
 
 
 def near_duplicates(
-  texts: Sequence[str], *, threshold: float, shingle_size: int, num_perm: int = 128, seed: int = 0
+  texts: Sequence[str], *, threshold: float, shingle_size: int
 ) -> list[int | None]:
-  """For each text the index of the first earlier text that it nearly repeats, or None.
+  """Returns for each text the index of the first earlier text that it nearly repeats, or None.
 
-  The earlier text may repeat a third itself: what to keep is the caller's choice.
+  The earlier text may itself repeat a third: which ones to keep is the caller's choice.
 
   Args:
-    threshold: In [0, 1); a near-duplicate overlaps more.
-    shingle_size: In words.
-    num_perm: Hash functions in a signature.
-    seed: Of the hash functions; it decides only which near-duplicates LSH misses.
+    threshold: in [0, 1); near-duplicates overlap more.
+    shingle_size: in words.
 
   Raises:
     ValueError: `threshold` is out of range.
   """
-  lsh = _new_lsh(threshold, num_perm)
+  lsh = _new_lsh(threshold)
   found: list[int | None] = []
-  for i, (own, signature) in enumerate(_signatures(texts, shingle_size, num_perm, seed)):
+  for i, (own, signature) in enumerate(_signatures(texts, shingle_size)):
     candidates = sorted(lsh.query(signature)) if own else []
     found.append(
       next((j for j in candidates if _repeats(own, texts[j], threshold, shingle_size)), None)
@@ -44,26 +44,21 @@ def near_duplicates(
 
 
 def near_duplicates_of(
-  references: Iterable[str],
-  texts: Sequence[str],
-  *,
-  threshold: float,
-  shingle_size: int,
-  num_perm: int = 128,
-  seed: int = 0,
+  references: Iterable[str], texts: Sequence[str], *, threshold: float, shingle_size: int
 ) -> list[int | None]:
-  """For each text the index of the first reference that it nearly repeats, or None.
+  """Returns for each text the index of the first reference that it nearly repeats, or None.
 
-  The references are read once and not kept, so they may be a whole corpus.
+  Reads the references once and keeps none, so they may be a whole corpus: the index holds the
+  texts, and each reference looks itself up in it.
 
-  Args and raises: see `near_duplicates`.
+  Args and Raises: as in `near_duplicates`.
   """
-  lsh = _new_lsh(threshold, num_perm)
-  for i, (own, signature) in enumerate(_signatures(texts, shingle_size, num_perm, seed)):
+  lsh = _new_lsh(threshold)
+  for i, (own, signature) in enumerate(_signatures(texts, shingle_size)):
     if own:
       lsh.insert(i, signature)
   found: list[int | None] = [None] * len(texts)
-  for j, (own, signature) in enumerate(_signatures(references, shingle_size, num_perm, seed)):
+  for j, (own, signature) in enumerate(_signatures(references, shingle_size)):
     for i in lsh.query(signature) if own else []:
       if found[i] is None and _repeats(own, texts[i], threshold, shingle_size):
         found[i] = j
@@ -71,14 +66,14 @@ def near_duplicates_of(
 
 
 def collision_probability(jaccard: float, bands: int, rows: int) -> float:
-  """The S-curve: how likely `bands` bands of `rows` hashes propose a pair of that overlap."""
+  """Returns the probability that `bands` bands of `rows` hashes propose a pair: LSH's S-curve."""
   return 1 - (1 - jaccard**rows) ** bands
 
 
 def choose_bands(threshold: float, num_perm: int) -> int:
-  """The fewest bands that propose 98% of the pairs whose overlap is just `threshold`.
+  """Returns the fewest bands that propose 98% of the pairs whose overlap is exactly `threshold`.
 
-  Fewer bands propose fewer pairs in vain. Where no number of bands is enough, every hash is a band.
+  Fewer bands propose fewer pairs in vain. If no number of bands suffices, every hash is a band.
   """
   divisors = [bands for bands in range(1, num_perm + 1) if num_perm % bands == 0]
   for bands in divisors:
@@ -87,24 +82,23 @@ def choose_bands(threshold: float, num_perm: int) -> int:
   return num_perm
 
 
-def _new_lsh(threshold: float, num_perm: int) -> Any:
+def _new_lsh(threshold: float) -> Any:
   import rensa
 
   if not 0 <= threshold < 1:
-    raise ValueError(f"threshold={threshold}: a Jaccard overlap to exceed, in [0, 1)")
-  # rensa's own threshold is not used: `query` gives all that collide in a band
-  return rensa.RMinHashLSH(threshold, num_perm, choose_bands(threshold, num_perm))
+    raise ValueError(f"threshold={threshold} must be in [0, 1): near-duplicates overlap more")
+  # rensa does not apply the threshold in `query`, which returns everything that shares a band.
+  return rensa.RMinHashLSH(threshold, _NUM_PERM, choose_bands(threshold, _NUM_PERM))
 
 
-def _signatures(
-  texts: Iterable[str], shingle_size: int, num_perm: int, seed: int
-) -> Iterator[tuple[frozenset[int], Any]]:
+def _signatures(texts: Iterable[str], shingle_size: int) -> Iterator[tuple[frozenset[int], Any]]:
+  """Yields each text's shingles and their MinHash."""
   import rensa
 
   for text in texts:
     own = shingles.word_shingles(text, shingle_size)
-    tokens = [shingle.to_bytes(8, "little") for shingle in own]
-    yield own, rensa.RMinHash.from_token_sets([tokens], num_perm, seed)[0]
+    tokens = [shingle.to_bytes(8, "little") for shingle in own]  # rensa takes no integers
+    yield own, rensa.RMinHash.from_token_sets([tokens], _NUM_PERM, _SEED)[0]
 
 
 def _repeats(own: frozenset[int], text: str, threshold: float, shingle_size: int) -> bool:

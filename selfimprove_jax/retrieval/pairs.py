@@ -1,27 +1,47 @@
-"""Pairs of related documents (d1, d2): what a synthesizer p(d2 | d1) is tuned on.
+"""Pairs related documents (d1, d2), from which a synthesizer p(d2 | d1) is tuned.
 
 SBP (arXiv 2509.15248) keeps D_ST = {(d1, d2): <e(d1), e(d2)> > alpha} among approximate nearest
-neighbours, near-duplicates removed by rule. Its alpha, its near-duplicate rule and its caps, if it
-has any, are not known to us: paper value not verified, for every threshold here.
+neighbors and removes near-duplicates by a rule. We do not know its alpha, its near-duplicate rule
+or its caps, if it has any: no threshold here is a verified paper value.
 
-Axis letters: Q seeds (queries), C targets (database), M neighbours.
+Axis letters: Q seeds (queries), C targets (database), M neighbors.
 """
 
 import collections
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from pydantic import Field
 
 from selfimprove_jax.data import shingles
 from selfimprove_jax.retrieval import ann
+from selfimprove_jax.runtime.config import section
 
 NUM_SPECIAL_TOKENS = 3  # BOS d1 SEP d2 EOS
 
 
+@section
+class PairFilterConfig:
+  """Filters of neighbor pairs.
+
+  Attributes:
+    min_similarity: pairs above it are kept. (Recalled as 0.75 with the paper's embedder; other
+      embedders need other values.)
+    max_jaccard: pairs whose word shingles overlap more are near-duplicates and are dropped.
+    max_uses_per_target: how often a document may be d2; limits hubs.
+    max_pairs_per_seed: how often a document may be d1.
+  """
+
+  min_similarity: Annotated[float, Field(ge=0, lt=1)]
+  max_jaccard: Annotated[float, Field(ge=0, le=1)]
+  max_uses_per_target: Annotated[int, Field(ge=1)]
+  max_pairs_per_seed: Annotated[int, Field(ge=1)]
+
+
 class Pair(TypedDict):
-  """A line of a pairs artefact: two documents, by name.
+  """A record of a pairs artifact: the ids of two documents.
 
   `similarity` is the inner product of their embeddings; None for a random pair.
   """
@@ -34,37 +54,24 @@ class Pair(TypedDict):
 
 def make_pairs(
   neighbors: ann.Neighbors,
+  seeds: Sequence[Mapping[str, Any]],
+  targets: Sequence[Mapping[str, Any]],
+  config: PairFilterConfig,
   *,
-  seed_ids: Sequence[str],
-  target_ids: Sequence[str],
-  seed_texts: Sequence[str],
-  target_texts: Sequence[str],
-  seed_lengths: Sequence[int],
-  target_lengths: Sequence[int],
-  min_similarity: float,
-  max_jaccard: float,
   shingle_size: int,
-  max_uses_per_target: int,
-  max_pairs_per_seed: int,
   max_pair_tokens: int,
 ) -> tuple[list[Pair], dict[str, int]]:
-  """Nearest-neighbour pairs, filtered (SBP, pairing).
+  """Filters nearest-neighbor pairs (SBP, pairing).
 
-  Candidates are taken in falling similarity over all seeds, so that a document that is near to
-  many goes to its nearest seeds, whatever the order of the corpus.
+  Takes candidates in falling similarity over all seeds, so that a document that is near to many
+  goes to its nearest seeds, whatever the order of the corpus.
 
   Args:
-    neighbors: Of each seed, rows of the targets; a seed may be among its own neighbours.
-    seed_ids: Names of the seeds; where a target has the same name, it is the same document.
-    seed_lengths: In tokens, without special tokens.
-    min_similarity: In [0, 1); pairs above it are kept. (Recalled as 0.75 with the paper's
-      embedder; paper value not verified, and another embedder needs another.)
-    max_jaccard: In [0, 1]; pairs whose word shingles overlap more are near-duplicates and are
-      dropped. (Paper value not verified.)
-    shingle_size: In words. (Recalled as 13 tokens; paper value not verified.)
-    max_uses_per_target: How often a document may be d2, against hubs. (Not known of the paper.)
-    max_pairs_per_seed: How often a document may be d1. (Paper value not verified.)
-    max_pair_tokens: Of d1, d2 and their 3 special tokens together; longer pairs are dropped.
+    neighbors: rows of `targets` for each seed; a seed may be among its own neighbors.
+    seeds: documents, each with "id", "text" and "num_tokens" (without special tokens).
+    targets: the same; a target with the id of a seed is the same document.
+    shingle_size: in words. (Recalled as 13 tokens; not verified.)
+    max_pair_tokens: longer pairs, special tokens included, are dropped.
 
   Returns:
     The pairs, by seed, then by falling similarity; and counts: "candidates", of which "itself",
@@ -72,21 +79,11 @@ def make_pairs(
     were dropped (each under the first that applies, in this order), and "pairs" are left.
 
   Raises:
-    ValueError: a threshold out of range, lists that do not match, or no pair is left; then the
-      message names the threshold that removed most.
+    ValueError: no pair is left; the message names the thresholds that removed most.
   """
-  _check_same_length("seed", len(neighbors.ids_QM), seed_ids, seed_texts, seed_lengths)
-  _check_same_length("target", len(target_ids), target_texts, target_lengths)
-  _check_thresholds(
-    min_similarity=min_similarity,
-    max_jaccard=max_jaccard,
-    shingle_size=shingle_size,
-    max_uses_per_target=max_uses_per_target,
-    max_pairs_per_seed=max_pairs_per_seed,
-  )
   overlap = _shingle_overlap(shingle_size)
-  uses_of_seed = collections.Counter()
-  uses_of_target = collections.Counter()
+  uses_of_seed: collections.Counter[int] = collections.Counter()
+  uses_of_target: collections.Counter[int] = collections.Counter()
   counts = dict.fromkeys(
     [
       *("candidates", "itself", "low_similarity", "too_long", "max_pairs_per_seed"),
@@ -96,70 +93,63 @@ def make_pairs(
   )
   kept = []
   for q, c, similarity in _in_falling_similarity(neighbors):
-    length = seed_lengths[q] + target_lengths[c] + NUM_SPECIAL_TOKENS
+    seed, target = seeds[q], targets[c]
     counts["candidates"] += 1
-    if seed_ids[q] == target_ids[c]:
+    if seed["id"] == target["id"]:
       counts["itself"] += 1
-    elif similarity <= min_similarity:
+    elif similarity <= config.min_similarity:
       counts["low_similarity"] += 1
-    elif length > max_pair_tokens:
+    elif seed["num_tokens"] + target["num_tokens"] + NUM_SPECIAL_TOKENS > max_pair_tokens:
       counts["too_long"] += 1
-    elif uses_of_seed[q] >= max_pairs_per_seed:
+    elif uses_of_seed[q] >= config.max_pairs_per_seed:
       counts["max_pairs_per_seed"] += 1
-    elif uses_of_target[c] >= max_uses_per_target:
+    elif uses_of_target[c] >= config.max_uses_per_target:
       counts["max_uses_per_target"] += 1
-    elif overlap(seed_texts[q], target_texts[c]) > max_jaccard:
+    # Last, because it reads the texts.
+    elif overlap(seed["text"], target["text"]) > config.max_jaccard:
       counts["near_duplicate"] += 1
     else:
       counts["pairs"] += 1
       uses_of_seed[q] += 1
       uses_of_target[c] += 1
-      kept.append((q, _pair(seed_ids[q], target_ids[c], similarity)))
+      kept.append((q, _pair(seed["id"], target["id"], similarity)))
   if not kept:
     raise ValueError(
       _why_empty(
         counts,
-        low_similarity=f"min_similarity={min_similarity}",
+        low_similarity=f"min_similarity={config.min_similarity}",
         too_long=f"max_pair_tokens={max_pair_tokens}",
-        near_duplicate=f"max_jaccard={max_jaccard}",
-        itself="being the seed itself (ask for more neighbours)",
+        near_duplicate=f"max_jaccard={config.max_jaccard}",
+        itself="being the seed itself (search more neighbors)",
       )
     )
+  # The sort is stable: within a seed, similarity still falls.
   return [pair for _, pair in sorted(kept, key=lambda item: item[0])], counts
 
 
-def _check_thresholds(*, min_similarity, max_jaccard, **at_least_1):
-  if not 0 <= min_similarity < 1:
-    raise ValueError(f"min_similarity={min_similarity}: it is in [0, 1)")
-  if not 0 <= max_jaccard <= 1:
-    raise ValueError(f"max_jaccard={max_jaccard}: it is in [0, 1]")
-  if min(at_least_1.values()) < 1:
-    given = ", ".join(f"{name}={value}" for name, value in at_least_1.items())
-    raise ValueError(f"{given}: each is at least 1")
-
-
 def _shingle_overlap(size: int) -> Callable[[str, str], float]:
-  """Jaccard's similarity of two texts' shingles; those of a text are made once."""
+  """Returns the Jaccard similarity of two texts, a function that caches each text's shingles."""
 
-  @functools.cache  # as arrays: a set of Python integers is ten times as large
+  @functools.cache  # as arrays: a set of Python integers takes ten times the memory
   def shingle_array(text: str) -> np.ndarray:
     return np.fromiter(shingles.word_shingles(text, size), np.uint64)
 
-  return lambda a, b: shingles.jaccard(
-    *(frozenset(shingle_array(text).tolist()) for text in (a, b))
-  )
+  def overlap(a: str, b: str) -> float:
+    return shingles.jaccard(*(frozenset(shingle_array(text).tolist()) for text in (a, b)))
+
+  return overlap
 
 
 def random_pairs(
   pairs: Sequence[Pair], *, lengths: Mapping[str, int], max_pair_tokens: int, seed: int
 ) -> list[Pair]:
-  """The control of `make_pairs`: the same d1's and the same d2's, each as often, joined at random.
+  """Joins the same d1s and d2s, each as often, at random: the control of `make_pairs`.
 
-  No pair is one of `pairs`, joins a document with itself, occurs twice or is longer than
-  `max_pair_tokens`. (The paper has no such control; its reviewers asked for it.)
+  No random pair is among `pairs`, joins a document with itself, occurs twice or exceeds
+  `max_pair_tokens`. The paper has no such control.
 
   Args:
-    lengths: Name of a document -> its tokens.
+    lengths: document id -> number of tokens.
 
   Raises:
     ValueError: no such joining was found (few pairs, few documents or a narrow window).
@@ -174,6 +164,7 @@ def random_pairs(
     fits = lengths[d1] + lengths[d2] + NUM_SPECIAL_TOKENS <= max_pair_tokens
     return fits and d1 != d2 and (d1, d2) not in related
 
+  # Repair a random permutation by swaps; each swap leaves two allowed pairs, so one pass is enough.
   for i in range(len(pairs)):
     if is_allowed(d1s[i], d2s[i]) and uses[d1s[i], d2s[i]] == 1:
       continue
@@ -187,8 +178,8 @@ def random_pairs(
         break
     else:
       raise ValueError(
-        f"no random partner was found for {d1s[i]!r} among {len(pairs)} pairs: random pairs need "
-        f"more pairs, or a max_pair_tokens above {max_pair_tokens}"
+        f"found no random partner for {d1s[i]!r} among {len(pairs)} pairs: random pairs need more "
+        f"pairs, or a max_pair_tokens above {max_pair_tokens}"
       )
   return [_pair(d1, d2, None) for d1, d2 in zip(d1s, d2s, strict=True)]
 
@@ -199,23 +190,17 @@ def _pair(d1: str, d2: str, similarity: float | None) -> Pair:
 
 
 def _in_falling_similarity(neighbors: ann.Neighbors) -> list[tuple[int, int, float]]:
-  """(row of the seed, row of the target, similarity), all of them, nearest first."""
+  """Returns (row of the seed, row of the target, similarity) of all candidates, nearest first."""
   q_N, m_N = np.nonzero(neighbors.ids_QM != ann.NO_NEIGHBOR)
   ids_N, scores_N = neighbors.ids_QM[q_N, m_N], neighbors.scores_QM[q_N, m_N]
-  order_N = np.lexsort((ids_N, q_N, -scores_N))
+  order_N = np.lexsort((ids_N, q_N, -scores_N))  # the last key is the first to sort by
   columns = (q_N[order_N], ids_N[order_N], scores_N[order_N])
   return list(zip(*(column.tolist() for column in columns), strict=True))
-
-
-def _check_same_length(name: str, length: int, *lists: Sequence) -> None:
-  lengths = [len(values) for values in lists]
-  if any(other != length for other in lengths):
-    raise ValueError(f"there are {length} {name}s, but their lists hold {lengths}")
 
 
 def _why_empty(counts: Mapping[str, int], **names: str) -> str:
   removed = sorted(names, key=lambda reason: -counts[reason])
   if not counts["candidates"]:
-    return "no pair is left: no seed has a neighbour"
+    return "no pair is left: no seed has a neighbor"
   parts = [f"{names[reason]} removed {counts[reason]}" for reason in removed if counts[reason]]
   return f"no pair is left of {counts['candidates']} candidates: {', '.join(parts)}"

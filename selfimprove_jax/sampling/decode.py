@@ -1,20 +1,32 @@
-"""The engine's two programs: admit prompts to slots, and draw tokens in all slots.
+"""The engine's device programs: admit prompts to slots, and draw tokens in all slots.
 
-A slot is a row of the batch and of the cache. Axis letters here: B slots, P prompts of one prefill,
-T their length, R admissions, N steps of one call, E stop tokens.
+A slot is a row of the batch and of the KV cache. Axis letters here: B slots, P prompts of one
+prefill, T their length, R admitted requests, N steps of one call, E stop tokens.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from selfimprove_jax.models.llama import Cache
+from selfimprove_jax.models.decode_layout import DecodeLlama
+from selfimprove_jax.models.llama import Cache, LlamaConfig, init_cache
+from selfimprove_jax.runtime import partitioning, xla_options
 from selfimprove_jax.sampling import sampler
 from selfimprove_jax.sampling.sampler import AnyArray, RowSampling
+
+# Tokens drawn per slot before the host looks for ends and refills slots.
+STEPS_PER_CALL = 16
+# Prompts share a prefill up to this many tokens: one of fewer takes as long as reading the weights.
+_PREFILL_TOKENS = 256
+# A lone prompt is padded to this many tokens; on CPUs more padding costs more than small prefills.
+_PADDED_PREFILL_TOKENS = {"cpu": 32}
 
 ModelFn = Callable[[Int[Array, "B T"], Int[Array, "B T"], Cache], tuple[Array, Cache]]
 """(tokens, positions, cache) -> (logits, cache)."""
@@ -22,19 +34,19 @@ ModelFn = Callable[[Int[Array, "B T"], Int[Array, "B T"], Cache], tuple[Array, C
 
 @flax.struct.dataclass
 class Rows:
-  """What each slot needs beside the cache, one entry a slot; also how slots are admitted.
+  """State of each slot besides its cache; also the form in which new requests are admitted.
 
   Attributes:
-    last_B: the newest token of each row, not yet seen by the model.
-    positions_B: where that token stands.
-    steps_B: tokens drawn.
-    limits_B: tokens that may be drawn.
-    is_done_B: nothing more is drawn: a stop token or the limit was reached, or the slot is free.
-    is_failed_B: the model's logits were no numbers.
-    keys_B: token i of a row is drawn with its key folded with i, so a row's tokens do not depend on
-      who shares its batch. None in rows that the host makes: the devices add them.
-    stop_ids_BE: tokens that end a row, -1 for none.
-    allowed_from_BE: the step from which that token may be drawn.
+    last_B: newest token, which the model has not seen yet.
+    positions_B: position of that token.
+    steps_B: number of tokens drawn.
+    limits_B: number of tokens that may be drawn.
+    is_done_B: the slot is free, or its request drew a stop token or reached its limit.
+    is_failed_B: the model's logits were NaN or infinite, or no token was allowed.
+    keys_B: token i is drawn with the row's key folded with i, so that a row's tokens do not depend
+      on the rest of the batch. None in rows made on the host: `admit` makes the keys.
+    stop_ids_BE: tokens that end the row, padded with -1.
+    allowed_from_BE: first step at which that stop token may be drawn.
     sampling: how tokens are drawn.
   """
 
@@ -52,7 +64,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-  """What some row of the batch asks for; each costs time, so each has a program of its own."""
+  """Features that some row needs; static, because each costs time in every step for all rows."""
 
   truncates: bool = False
   bans: bool = False
@@ -63,9 +75,9 @@ class Features:
 
 @flax.struct.dataclass
 class Drawn:
-  """What a call of `decode` drew; of row b the first `num_B[b]` steps count.
+  """Result of a `decode` call; the first `num_B[b]` steps of row b are valid.
 
-  `top_*` are the `num_logprobs` most likely tokens, before temperature and truncation.
+  `top_*` hold the `num_logprobs` most likely tokens, before temperature and truncation.
   """
 
   num_B: Int[AnyArray, "B"]
@@ -78,11 +90,12 @@ class Drawn:
 
 @flax.struct.dataclass
 class Extras:
-  """Arrays over the vocabulary, for those features that need them.
+  """Arrays over the vocabulary, present if a feature needs them.
 
   Attributes:
-    in_prompt_BV, counts_BV: of `sampler.penalize`.
-    masks_BW: bit `v % 32` of word `v // 32` says whether token v may be drawn; good for one step.
+    in_prompt_BV, counts_BV: arguments of `sampler.penalize`.
+    masks_BW: bit `v % 32` of word `v // 32` is set if token v may be drawn. A grammar's mask is
+      valid for one step only.
   """
 
   in_prompt_BV: Bool[AnyArray, "B V"] | None = None
@@ -91,9 +104,9 @@ class Extras:
 
 
 def record_keys(words_R4: UInt32[Array, "R 4"]) -> Key[Array, "R"]:
-  """The key of (seed, two halves of the record's number, sample)."""
+  """Makes keys from (seed, high and low half of the record's number, sample)."""
 
-  def key(words_4):
+  def key(words_4: jax.Array) -> jax.Array:
     made = jax.random.key(words_4[0])
     for i in range(1, 4):
       made = jax.random.fold_in(made, words_4[i])
@@ -113,17 +126,18 @@ def admit(
   empty_cache: Cache | None,
   sources_R: Int[Array, "R"] | None,
 ) -> tuple[Rows, Cache]:
-  """Puts prompts into slots: all of each but its last token, which is `new_rows.last_B`.
+  """Prefills prompts and writes them to slots.
 
   Args:
-    slots_R: where each goes; one beyond the last slot is dropped.
-    prompts_PT: padded on the right: what is written for the padding is overwritten before it is
-      attended to. None where every prompt is one token.
-    empty_cache: of P rows and length T.
-    sources_R: which of the prompts each slot gets; several may get one.
+    new_rows: rows of the new requests; each prompt's last token is their `last_B`, not prefilled.
+    slots_R: slot of each request; requests whose slot is out of range are dropped.
+    prompts_PT: prompts without their last tokens, padded on the right; None if all are one token.
+    empty_cache: cache of P rows and length T for the prefill.
+    sources_R: index of each request's prompt; several requests may share one.
   """
 
-  def put(old, new):
+  # Padding of R has a slot that is out of range.
+  def put(old: jax.Array, new: jax.Array) -> jax.Array:
     return old.at[slots_R].set(new, mode="drop")
 
   rows = jax.tree.map(put, rows, new_rows)
@@ -132,9 +146,12 @@ def admit(
   P, T = prompts_PT.shape
   positions_PT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (P, T))
   _, filled = model_fn(prompts_PT, positions_PT, empty_cache)
+  # A bucket may be longer than the cache, but the prompts in it are not: only padding is cut.
   length = min(T, cache[0].k_BKSH.shape[2])
 
-  def insert(old_BKSH, new_PKTH):
+  # Padding and the slot's last request leave keys and values in the cache. They need no clearing:
+  # the causal mask hides a position until decoding overwrites it.
+  def insert(old_BKSH: jax.Array, new_PKTH: jax.Array) -> jax.Array:
     new_RKTH = new_PKTH[sources_R, :, :length]
     return old_BKSH.at[slots_R, :, :length].set(new_RKTH, mode="drop")
 
@@ -151,7 +168,7 @@ def decode(
   max_steps: int,
   features: Features,
 ) -> tuple[Rows, Cache, Drawn]:
-  """Draws up to `num_steps` tokens in every row that is not done; ends when all are.
+  """Draws up to `num_steps` tokens in every row that is not done; stops early when all are done.
 
   Args:
     num_steps: at most `max_steps`; 1 if `features.is_masked`.
@@ -159,7 +176,7 @@ def decode(
   B = rows.last_B.shape[0]
   k = features.num_logprobs
 
-  def outputs(dtype, *shape):
+  def outputs(dtype: Any, *shape: int) -> jax.Array:
     return jnp.zeros((max_steps, B, *shape), dtype)
 
   drawn = Drawn(
@@ -171,18 +188,19 @@ def decode(
     top_logprobs_NBk=None if not k else outputs(jnp.float32, k),
   )
 
-  def unfinished(carry):
+  def is_unfinished(carry: tuple) -> jax.Array:
     step, rows, *_ = carry
     return (step < num_steps) & ~jnp.all(rows.is_done_B)
 
-  def body(carry):
+  def body(carry: tuple) -> tuple:
     step, rows, cache, counts_BV, drawn = carry
+    # Rows that are done run along: their token is written to the same position again and again.
     logits_B1V, cache = model_fn(rows.last_B[:, None], rows.positions_B[:, None], cache)
     logits_BV = logits_B1V[:, 0].astype(jnp.float32)
-    # As they came: what is masked below is minus infinity, which is no failure.
+    # Tested before masking, which sets logits to minus infinity on purpose.
     is_failed_B = jnp.any(jnp.isnan(logits_BV) | (logits_BV == jnp.inf), axis=-1)
     adjusted_BV = _adjust(logits_BV, rows, extras, counts_BV, features)
-    is_failed_B |= jnp.max(adjusted_BV, axis=-1) == -jnp.inf
+    is_failed_B |= jnp.max(adjusted_BV, axis=-1) == -jnp.inf  # no token is allowed
     keys_B = jax.vmap(jax.random.fold_in)(rows.keys_B, rows.steps_B)
     tokens_B = sampler.draw(adjusted_BV, keys_B, rows.sampling, truncates=features.truncates)
     drawn = _record(drawn, step, logits_BV, tokens_B, k)
@@ -191,13 +209,21 @@ def decode(
     rows = _advance(rows, tokens_B, is_failed_B)
     return step + 1, rows, cache, counts_BV, drawn
 
+  # A loop on the device: the host is asked once per call, not once per token.
   carry = (jnp.int32(0), rows, cache, extras.counts_BV, drawn)
-  _, after, cache, _, drawn = jax.lax.while_loop(unfinished, body, carry)
+  _, after, cache, _, drawn = jax.lax.while_loop(is_unfinished, body, carry)
   num_B = after.steps_B - rows.steps_B
   return after, cache, drawn.replace(num_B=num_B, is_failed_B=after.is_failed_B)
 
 
-def _adjust(logits_BV, rows, extras, counts_BV, features):
+def _adjust(
+  logits_BV: jax.Array,
+  rows: Rows,
+  extras: Extras,
+  counts_BV: jax.Array | None,
+  features: Features,
+) -> jax.Array:
+  """Applies penalties, bans of stop tokens, and grammar masks."""
   if features.penalizes:
     logits_BV = sampler.penalize(
       logits_BV, rows.sampling, in_prompt_BV=extras.in_prompt_BV, counts_BV=counts_BV
@@ -206,6 +232,7 @@ def _adjust(logits_BV, rows, extras, counts_BV, features):
     is_banned_BE = rows.steps_B[:, None] < rows.allowed_from_BE
     banned_BE = jnp.where(is_banned_BE, rows.stop_ids_BE, -1)
     vocabulary_1V = jnp.arange(logits_BV.shape[1])[None]
+    # One comparison per stop token fuses into one pass; a scatter would not.
     for e in range(banned_BE.shape[1]):
       logits_BV = jnp.where(vocabulary_1V == banned_BE[:, e, None], -jnp.inf, logits_BV)
   if features.is_masked:
@@ -215,10 +242,18 @@ def _adjust(logits_BV, rows, extras, counts_BV, features):
   return logits_BV
 
 
-def _record(drawn, step, logits_BV, tokens_B, num_logprobs):
+def _record(
+  drawn: Drawn,
+  step: jax.Array,
+  logits_BV: jax.Array,
+  tokens_B: jax.Array,
+  num_logprobs: int | None,
+) -> Drawn:
+  """Writes a step's tokens and log-probabilities; the host ignores those of rows that are done."""
   drawn = drawn.replace(tokens_NB=drawn.tokens_NB.at[step].set(tokens_B))
   if num_logprobs is None:
     return drawn
+  # From the raw logits, so that log-probabilities do not depend on how tokens are drawn.
   logprobs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
   logprobs_B = jnp.take_along_axis(logprobs_BV, tokens_B[:, None], axis=1)[:, 0]
   drawn = drawn.replace(logprobs_NB=drawn.logprobs_NB.at[step].set(logprobs_B))
@@ -231,18 +266,150 @@ def _record(drawn, step, logits_BV, tokens_B, num_logprobs):
   )
 
 
-def _advance(rows, tokens_B, is_failed_B):
+def _advance(rows: Rows, tokens_B: jax.Array, is_failed_B: jax.Array) -> Rows:
+  """Moves rows on by the tokens they drew, and ends those that stop, fail or are full."""
   was_active_B = ~rows.is_done_B
   is_failed_B = was_active_B & is_failed_B
   draws_B = was_active_B & ~is_failed_B
   steps_B = rows.steps_B + draws_B
   is_stop_B = jnp.any(tokens_B[:, None] == rows.stop_ids_BE, axis=-1)
   ends_B = is_failed_B | (draws_B & (is_stop_B | (steps_B >= rows.limits_B)))
-  goes_on_B = draws_B & ~ends_B
+  continues_B = draws_B & ~ends_B
+  # A row that ends stays at its last position, so that running along it writes nothing new.
   return rows.replace(
-    last_B=jnp.where(goes_on_B, tokens_B, rows.last_B),
-    positions_B=rows.positions_B + goes_on_B,
+    last_B=jnp.where(continues_B, tokens_B, rows.last_B),
+    positions_B=rows.positions_B + continues_B,
     steps_B=steps_B,
     is_done_B=rows.is_done_B | ends_B,
     is_failed_B=rows.is_failed_B | is_failed_B,
   )
+
+
+class Programs(NamedTuple):
+  """The jitted programs; `rows` and `cache` are donated, and returned changed.
+
+  They take everything as arguments, so that `tools/compile_for.py` can compile them for machines
+  that are not attached.
+
+  Attributes:
+    admit: (params, rows, cache, new_rows, words_R4, slots_R, prompts_PT, sources_R) -> (rows,
+      cache); arguments as in `admit` and `record_keys`.
+    draw: (params, rows, cache, extras, num_steps, features) -> (rows, cache, drawn).
+    end_rows: (rows, ended_B) -> rows; marks slots as done.
+    wipe: (cache, wiped_B) -> cache; zeroes slots.
+    resize: (cache, length) -> cache; pads it or cuts it off.
+    make: (rows, length) -> (rows, cache); adds keys to free rows, and makes an empty cache.
+  """
+
+  admit: Callable[..., tuple[Rows, Cache]]
+  draw: Callable[..., tuple[Rows, Cache, Drawn]]
+  end_rows: Callable[..., Rows]
+  wipe: Callable[..., Cache]
+  resize: Callable[..., Cache]
+  make: Callable[..., tuple[Rows, Cache]]
+
+
+@functools.cache  # engines of one config and mesh share what is compiled
+def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
+  """Makes the programs for a `DecodeLlama` on a mesh; call or lower them with the mesh in scope."""
+  model = DecodeLlama(c)
+
+  def model_fn(
+    params: Any, logits: bool, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache
+  ) -> tuple[jax.Array, Cache]:
+    with partitioning.axis_rules():
+      return model.apply({"params": params}, tokens_BT, positions_BT, cache=cache, logits=logits)
+
+  def admit_prompts(
+    params: Any,
+    rows: Rows,
+    cache: Cache,
+    new_rows: Rows,
+    words_R4: jax.Array,
+    slots_R: jax.Array,
+    prompts_PT: jax.Array | None,
+    sources_R: jax.Array | None,
+  ) -> tuple[Rows, Cache]:
+    return admit(
+      functools.partial(model_fn, params, False),
+      rows,
+      cache,
+      new_rows.replace(keys_B=record_keys(words_R4)),
+      slots_R,
+      prompts_PT=prompts_PT,
+      empty_cache=None if prompts_PT is None else init_cache(c, *prompts_PT.shape),
+      sources_R=sources_R,
+    )
+
+  def draw(
+    params: Any, rows: Rows, cache: Cache, extras: Extras, num_steps: jax.Array, features: Features
+  ) -> tuple[Rows, Cache, Drawn]:
+    model_of_params = functools.partial(model_fn, params, True)
+    options = dict(max_steps=STEPS_PER_CALL, features=features)
+    return decode(model_of_params, rows, cache, extras, num_steps, **options)
+
+  def end_rows(rows: Rows, ended_B: jax.Array) -> Rows:
+    return rows.replace(is_done_B=rows.is_done_B | ended_B)
+
+  def wipe(cache: Cache, wiped_B: jax.Array) -> Cache:
+    return jax.tree.map(lambda x: jnp.where(wiped_B[:, None, None, None], 0, x), cache)
+
+  def resize(cache: Cache, length: int) -> Cache:
+    return jax.tree.map(lambda x: _resized(x, length), cache)
+
+  def make(rows: Rows, length: int) -> tuple[Rows, Cache]:
+    num_slots = rows.last_B.shape[0]
+    keys_B = record_keys(jnp.zeros((num_slots, 4), jnp.uint32))
+    return rows.replace(keys_B=keys_B), init_cache(c, num_slots, length)
+
+  # Rows are small and read by the host. The cache is donated because it fills most of the memory.
+  replicated, cached = partitioning.replicated(mesh), cache_sharding(mesh)
+  options = xla_options.for_platform(_platform(mesh))
+  jit = functools.partial(jax.jit, compiler_options=options)
+  return Programs(
+    admit=jit(admit_prompts, donate_argnums=(1, 2), out_shardings=(replicated, cached)),
+    draw=jit(
+      draw,
+      static_argnames="features",
+      donate_argnums=(1, 2),
+      out_shardings=(replicated, cached, replicated),
+    ),
+    end_rows=jit(end_rows, donate_argnums=0, out_shardings=replicated),
+    wipe=jit(wipe, donate_argnums=0, out_shardings=cached),
+    resize=jit(resize, static_argnames="length", out_shardings=cached),
+    make=jit(make, static_argnames="length", out_shardings=(replicated, cached)),
+  )
+
+
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a cache's arrays: slots on the batch axes, heads on `tensor`."""
+  return NamedSharding(mesh, partitioning.spec("batch", "kv_heads"))
+
+
+def prefill_rows(bucket: int, *, num_slots: int, mesh: Mesh, is_padded: bool) -> int:
+  """Returns the maximum number of prompts of a bucket in one prefill.
+
+  Args:
+    is_padded: whether fewer prompts are padded to this number.
+  """
+  padded = _PADDED_PREFILL_TOKENS.get(_platform(mesh), _PREFILL_TOKENS)
+  tokens = padded if is_padded else _PREFILL_TOKENS
+  return rows_of_tokens(tokens, bucket, mesh, most=num_slots)
+
+
+def rows_of_tokens(tokens: int, length: int, mesh: Mesh, *, most: int) -> int:
+  """Returns the number of rows that hold some tokens: a multiple of the batch shards."""
+  shards = partitioning.num_batch_shards(mesh)
+  rows = min(max(tokens // length, 1), most)
+  return -(-rows // shards) * shards
+
+
+def _platform(mesh: Mesh) -> str:
+  return mesh.devices.flat[0].platform
+
+
+def _resized(x_BKSH: jax.Array, length: int) -> jax.Array:
+  more = length - x_BKSH.shape[2]
+  if more <= 0:
+    return x_BKSH[:, :, :length]
+  return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))

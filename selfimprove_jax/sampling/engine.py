@@ -1,43 +1,62 @@
-"""Continuous batching: a fixed number of slots, each given the next prompt when its text has ended.
+"""Continuous batching: a fixed number of slots, each refilled as soon as its completion ends.
 
-Two kinds of jitted programs do all the work (`decode.py`): one that puts prompts of one bucket of
-lengths into slots, and one that draws up to `steps_per_call` tokens in all slots. Their number is
-bounded by the buckets and by what requests ask for, whatever the lengths.
+Two jitted programs do the work (`decode.py`): `admit` prefills prompts of one bucket of lengths and
+writes them to slots, `draw` draws up to `STEPS_PER_CALL` tokens in all slots. How often they are
+compiled depends on the buckets and on the features that requests use, not on the lengths of the
+requests.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from pydantic import Field
 
-from selfimprove_jax import partitioning
-from selfimprove_jax.models import llama, unrolled
-from selfimprove_jax.sampling import decode
-from selfimprove_jax.sampling.programs import STEPS_PER_CALL, make_programs, prefill_rows
-from selfimprove_jax.sampling.requests import Completion, Request
-from selfimprove_jax.sampling.slots import (
-  DecodeText,
-  OnUpdate,
-  Running,
-  check_request,
-  features_of,
-  new_rows,
-  token_logprobs,
+from selfimprove_jax.models import decode_layout, llama
+from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.runtime.config import section
+from selfimprove_jax.sampling import decode, sampler
+from selfimprove_jax.sampling.requests import (
+  MAX_STOP_IDS,
+  MAX_TOP_LOGPROBS,
+  Completion,
+  ContinuationScore,
+  Request,
+  SamplingConfig,
+  ScoreRequest,
+  TokenLogprobs,
 )
+from selfimprove_jax.sampling.running import DecodeText, OnUpdate, Running, check_request
+from selfimprove_jax.sampling.scoring import Scorer
 
 _LEAST_CACHE = 256
 _STREAM_STEPS = 4
+_NEVER = np.iinfo(np.int32).max
+
+
+@section
+class EngineConfig:
+  """Size of an engine, for pipelines.
+
+  Attributes:
+    num_slots: completions sampled at once.
+    max_length: maximum tokens of prompt and completion together.
+  """
+
+  num_slots: Annotated[int, Field(ge=1)] = 16
+  max_length: Annotated[int, Field(ge=2)] = 2048
 
 
 class Engine:
-  """Samples from one set of parameters. For one thread at a time.
+  """Samples completions and scores continuations with one set of parameters. Not thread-safe.
 
-  A completion depends on the parameters and its request alone. With `batch_invariant` that is so to
-  the bit, for one number of slots and one hardware: each program has the same shapes whatever else
-  is sampled. Without, shapes follow the load, and a token may differ where two are equally likely
+  A completion depends only on the parameters and its request. With `batch_invariant` this holds to
+  the bit, for a given number of slots and hardware, because each program has the same shapes for
+  any load. Without it, shapes follow the load, and a token may differ where two are equally likely
   to within rounding.
   """
 
@@ -53,41 +72,41 @@ class Engine:
     max_length: int,
     decode_text: DecodeText | None = None,
     prompt_buckets: Sequence[int] | None = None,
-    steps_per_call: int = STEPS_PER_CALL,
     batch_invariant: bool = True,
   ):
     """Args:
-      params: of `model`, on the mesh. The engine works on a copy in another form (`unrolled`), in
-        `model.c.dtype`.
+      params: parameters of `model`, on the mesh. The engine makes a copy of them in the layout of
+        `decode_layout`, in `model.c.dtype`.
       eos_ids: tokens that end a completion.
       num_slots: completions sampled at once.
-      max_length: prompt and new tokens of a slot; the cache holds `num_slots` times as many.
-      decode_text: ids to text, without special tokens; needed for text and stop strings.
-      prompt_buckets: prompt lengths that are compiled for; powers of two if None.
-      steps_per_call: most tokens drawn in a slot before its end is seen and the slot refilled.
-      batch_invariant: False for a server: prompts are not padded to a batch of one size, and the
-        cache is as long as what runs needs.
+      max_length: maximum tokens of prompt and completion; the KV cache holds this for each slot.
+      decode_text: token ids to text without special tokens; needed for text and stop strings.
+      prompt_buckets: prompt lengths to compile for; powers of two if None.
+      batch_invariant: False (for servers) pads fewer prompts, and lets the cache grow and shrink.
 
     Raises:
-      ValueError: the slots do not divide over the mesh, or the window is too short.
+      ValueError: the slots do not divide over the mesh, or `max_length` is less than 2.
     """
     if max_length < 2:
       raise ValueError(f"max_length={max_length} must be at least 2: a prompt and a new token")
     partitioning.check_batch(num_slots, mesh)
-    c = model.c
     self.num_slots, self.max_length = num_slots, max_length
     self._eos_ids, self._pad_id = tuple(eos_ids), pad_id
     self._decode_text = decode_text
-    self._steps_per_call = steps_per_call
     self._batch_invariant = batch_invariant
-    # Of a prompt all but the last token is prefilled; that one is the first to be decoded.
+    self._new_rows = functools.partial(new_rows, eos_ids=self._eos_ids, pad_id=pad_id)
+    self._prefill_rows = functools.partial(
+      decode.prefill_rows, num_slots=num_slots, mesh=mesh, is_padded=batch_invariant
+    )
+    # A prompt is prefilled without its last token: decoding begins with that one.
     longest = max_length - 1
-    buckets = prompt_buckets or [1 << n for n in range(4, longest.bit_length() + 1)]
-    self._buckets = sorted({min(bucket, longest) for bucket in (*buckets, longest)})
+    powers = [1 << n for n in range(4, longest.bit_length() + 1)]
+    self._buckets = _buckets(prompt_buckets or powers, longest)
     self._mesh = mesh
-    self._c = unrolled.unroll_config(c)
-    self._params = unrolled.unroll_params(params, c, mesh)
-    self._programs = make_programs(self._c, mesh, steps_per_call=steps_per_call)
+    self._c = decode_layout.decode_config(model.c)
+    self._params = decode_layout.decode_params(params, model.c, mesh)
+    self._programs = decode.make_programs(self._c, mesh)
+    self._scorer = Scorer(self._c, self._params, mesh, buckets=_buckets(powers, longest))
     self._cache_length = max_length if batch_invariant else min(_LEAST_CACHE, max_length)
     with jax.set_mesh(mesh):
       self._rows, self._cache = self._programs.make(
@@ -101,8 +120,11 @@ class Engine:
 
   @property
   def num_compilations(self) -> int:
-    """Programs that put prompts into slots or draw tokens, compiled so far."""
-    return self._programs.admit._cache_size() + self._programs.draw._cache_size()
+    """Number of programs for prompts, new tokens and scores compiled for this config and mesh."""
+    programs = self._programs
+    return (
+      programs.admit._cache_size() + programs.draw._cache_size() + self._scorer.num_compilations
+    )
 
   @property
   def num_running(self) -> int:
@@ -113,48 +135,12 @@ class Engine:
     return len(self._waiting)
 
   def stats(self) -> dict[str, int]:
-    """Counts since the engine was made: tokens, requests, calls, and ends by reason."""
+    """Returns counts since the engine was made: tokens, requests, calls, and ends by reason."""
     return dict(self._counts)
 
-  def submit(self, request: Request, on_update: OnUpdate | None = None) -> int:
-    """Puts a request in the queue; gives the ticket by which `step` names it.
-
-    Args:
-      on_update: called by `step` with each gain of the request, and with its end.
-
-    Raises:
-      ValueError: it can never run, with the reason.
-    """
-    check_request(
-      request,
-      max_length=self.max_length,
-      vocab_size=self._c.vocab_size,
-      has_tokenizer=self._decode_text is not None,
-    )
-    ticket = self._next_ticket
-    self._next_ticket += 1
-    self._waiting.append((ticket, request, on_update))
-    self._counts["requests"] += 1
-    return ticket
-
-  def cancel(self, ticket: int) -> None:
-    """Ends a request without a completion; one that has ended already is left alone."""
-    num_waiting = len(self._waiting)
-    self._waiting = collections.deque(item for item in self._waiting if item[0] != ticket)
-    self._counts["cancelled"] += num_waiting - len(self._waiting)
-    for slot, running in enumerate(self._running):
-      if running is not None and running.ticket == ticket:
-        running.cancel()
-        self._free([slot])
-
-  def generate(
-    self,
-    requests: Sequence[Request],
-    *,
-    on_tokens: Callable[[int], None] = lambda num_tokens: None,
-  ) -> list[Completion]:
-    """One completion for each request, in their order; see `stream`."""
-    completions = dict(self.stream(requests, on_tokens=on_tokens))
+  def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    """Returns one completion for each request, in order; see `stream`."""
+    completions = dict(self.stream(requests))
     return [completions[index] for index in range(len(requests))]
 
   def stream(
@@ -163,20 +149,21 @@ class Engine:
     *,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
   ) -> Iterator[tuple[int, Completion]]:
-    """(place in `requests`, completion) as they end.
+    """Yields (index of the request, completion) as completions end.
 
-    Requests are taken as slots become free, so there may be any number of them. One that can never
-    run gives a completion whose `finish_reason` is `error`. What is unfinished when the iterator is
-    closed is cancelled.
+    Requests are read lazily, as slots become free, so there may be any number of them. A request
+    that can never run yields a completion whose `finish_reason` is `error`. Closing the iterator
+    cancels what is unfinished.
 
     Args:
-      on_tokens: told after each call how many tokens were drawn.
+      on_tokens: called after each step with the number of tokens drawn.
     """
     source = enumerate(requests)
     places: dict[int, int] = {}
     try:
       while True:
         exhausted = False
+        # One waiting request per slot: all slots may end at once, and are then refilled at once.
         while len(self._waiting) < self.num_slots:
           try:
             place, request = next(source)
@@ -198,15 +185,54 @@ class Engine:
       for ticket in places:
         self.cancel(ticket)
 
+  def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ContinuationScore]:
+    """Yields the log-likelihood of each continuation, in order.
+
+    Requests are read lazily, up to 1024 ahead. A request that cannot be scored yields a score with
+    its `error`. May be called while completions are running.
+    """
+    return self._scorer.score(requests)
+
+  def submit(self, request: Request, on_update: OnUpdate | None = None) -> int:
+    """Puts a request in the queue; returns its ticket, by which `step` reports its end.
+
+    Args:
+      on_update: called by `step` with new tokens of the request, and with its end.
+
+    Raises:
+      ValueError: the request can never run.
+    """
+    check_request(
+      request,
+      max_length=self.max_length,
+      vocab_size=self._c.vocab_size,
+      has_tokenizer=self._decode_text is not None,
+    )
+    ticket = self._next_ticket
+    self._next_ticket += 1
+    self._waiting.append((ticket, request, on_update))
+    self._counts["requests"] += 1
+    return ticket
+
+  def cancel(self, ticket: int) -> None:
+    """Ends a request without a completion; does nothing if it has ended already."""
+    num_waiting = len(self._waiting)
+    self._waiting = collections.deque(item for item in self._waiting if item[0] != ticket)
+    self._counts["cancelled"] += num_waiting - len(self._waiting)
+    for slot, running in enumerate(self._running):
+      if running is not None and running.ticket == ticket:
+        running.cancel()
+        self._free([slot])
+
   def step(self) -> list[tuple[int, Completion]]:
-    """Fills free slots, then draws some tokens in all; gives (ticket, completion) of what ended."""
+    """Fills free slots and draws tokens in all; returns (ticket, completion) of what ended."""
     self._fill_slots()
     if self.num_running:
       self._draw_tokens()
     ended, self._ended = self._ended, []
     return ended
 
-  def _fill_slots(self):
+  def _fill_slots(self) -> None:
     free = [slot for slot, running in enumerate(self._running) if running is None]
     by_bucket = collections.defaultdict(list)
     while free and self._waiting:
@@ -222,22 +248,23 @@ class Engine:
       slot = free.pop(0)
       self._running[slot] = running
       prefilled = len(request.prompt) - 1
-      bucket = next((b for b in self._buckets if b >= prefilled), 0) if prefilled else 0
+      # Bucket 0 needs no prefill: the prompt is one token.
+      bucket = next(b for b in self._buckets if b >= prefilled) if prefilled else 0
       by_bucket[bucket].append((slot, running))
     for bucket, admissions in sorted(by_bucket.items()):
       for group in self._groups(bucket, admissions):
         self._admit_group(bucket, *group)
 
-  def _prefill_rows(self, bucket):
-    return prefill_rows(bucket, self.num_slots, self._mesh, is_padded=self._batch_invariant)
-
-  def _groups(self, bucket, admissions):
-    """(prompts, admissions, their prompts' places), each of one prefill."""
+  def _groups(
+    self, bucket: int, admissions: Sequence[tuple[int, Running]]
+  ) -> Iterator[tuple[list[tuple[int, ...]], list[tuple[int, Running]], list[int]]]:
+    """Yields (distinct prompts, admissions, each one's index in the prompts) for one prefill."""
     if not bucket:
-      yield [], admissions, []
+      yield [], list(admissions), []
       return
     prompts: dict[tuple[int, ...], int] = {}
     group, sources = [], []
+    # Samples of one prompt come one after another, so they meet here and share its prefill.
     for slot, running in admissions:
       prompt = tuple(running.request.prompt[:-1])
       if prompt not in prompts and len(prompts) == self._prefill_rows(bucket):
@@ -247,21 +274,30 @@ class Engine:
       group.append((slot, running))
     yield list(prompts), group, sources
 
-  def _admit_group(self, bucket, prompts, admissions, sources):
+  def _admit_group(
+    self,
+    bucket: int,
+    prompts: Sequence[tuple[int, ...]],
+    admissions: Sequence[tuple[int, Running]],
+    sources: Sequence[int],
+  ) -> None:
+    """Prefills distinct prompts once each, and writes them to the slots of their requests."""
+    num_prompts = self._prefill_rows(bucket) if bucket else 0
     if not self._batch_invariant:
       longest = max(len(running.request.prompt) for _, running in admissions)
       self._fit_cache(max(longest, self._cache_length))
-    num_prompts = self._prefill_rows(bucket) if bucket else 0
-    if not self._batch_invariant and prompts:  # as many as there are, up to a power of two
+      # Padded to a power of two, which bounds the number of compilations.
       shards = partitioning.num_batch_shards(self._mesh)
-      num_prompts = min(num_prompts, max(1 << (len(prompts) - 1).bit_length(), shards))
-    # Samples of one prompt may be many more than the prompts of a prefill.
+      if prompts:
+        num_prompts = min(num_prompts, max(1 << (len(prompts) - 1).bit_length(), shards))
+    # Two shapes only: as many requests as prompts, or, if samples share prompts, as slots.
     size = num_prompts if 0 < len(admissions) <= num_prompts else self.num_slots
     requests = [running.request for _, running in admissions]
-    slots_R = np.full(size, self.num_slots, np.int32)
+    slots_R = np.full(size, self.num_slots, np.int32)  # out of range: padding, which is dropped
     slots_R[: len(admissions)] = [slot for slot, _ in admissions]
     words_R4 = np.zeros((size, 4), np.uint32)
     for row, request in enumerate(requests):
+      # 32-bit words: JAX has no 64-bit integers by default.
       high, low = divmod(request.record_id, 2**32)
       words_R4[row] = request.seed, high, low, request.sample
     prompts_PT = sources_R = None
@@ -274,22 +310,20 @@ class Engine:
     self._counts["prefills"] += bool(bucket)
     self._counts["prompt_tokens"] += sum(len(request.prompt) for request in requests)
     self._counts["prefilled_tokens"] += sum(map(len, prompts))
+    new_rows = self._new_rows([running for _, running in admissions], size)
     with jax.set_mesh(self._mesh):
       self._rows, self._cache = self._programs.admit(
         self._params,
         self._rows,
         self._cache,
-        self._new_rows([running for _, running in admissions], size),
+        new_rows,
         words_R4,
         slots_R,
         prompts_PT,
         sources_R,
       )
 
-  def _new_rows(self, runs, size):
-    return new_rows(runs, size, eos_ids=self._eos_ids, pad_id=self._pad_id)
-
-  def _draw_tokens(self):
+  def _draw_tokens(self) -> None:
     features, extras, failures = self._features()
     for slot, reason in failures.items():
       self._running[slot].fail(reason)
@@ -306,20 +340,20 @@ class Engine:
       )
     self._take(jax.device_get(drawn))
 
-  def _num_steps(self, features):
+  def _num_steps(self, features: decode.Features) -> int:
     if features.is_masked:
-      return 1
+      return 1  # the host makes the grammar's mask for the next token from the last one
     runs = [running for running in self._running if running is not None]
-    num_steps = self._steps_per_call
+    num_steps = decode.STEPS_PER_CALL
     if any(running.is_streamed for running in runs):
       is_first = any(running.is_streamed and not running.tokens for running in runs)
       num_steps = 1 if is_first else min(num_steps, _STREAM_STEPS)
-    if self._waiting:  # a slot whose end is known is refilled at once
+    if self._waiting:  # stop at the first limit that is reached, to refill its slot at once
       num_steps = min(num_steps, *(running.remaining for running in runs))
     return num_steps
 
-  def _features(self):
-    """What the running requests ask for, the arrays for it, and those that can't go on."""
+  def _features(self) -> tuple[decode.Features, decode.Extras, dict[int, str]]:
+    """Returns what running requests need, the arrays for it, and errors by slot."""
     runs = {slot: running for slot, running in enumerate(self._running) if running is not None}
     features = features_of(runs.values(), vocab_size=self._c.vocab_size)
     extras, failures = decode.Extras(), {}
@@ -327,6 +361,8 @@ class Engine:
     if features.penalizes:
       in_prompt_BV = np.zeros((self.num_slots, V), np.bool_)
       counts_BV = np.zeros((self.num_slots, V), np.int32)
+      # Counted anew for each call: slots change hands between calls, and the cost is per call. The
+      # device counts on within the call.
       for slot, running in runs.items():
         in_prompt_BV[slot, list(running.request.prompt)] = True
         np.add.at(counts_BV[slot], running.tokens, 1)
@@ -342,13 +378,14 @@ class Engine:
       extras = extras.replace(masks_BW=masks_BW)
     return features, extras, failures
 
-  def _take(self, drawn):
-    """Gives each request what was drawn for it."""
+  def _take(self, drawn: decode.Drawn) -> None:
+    """Gives each request its drawn tokens, and frees the slots of those that ended."""
     self._counts["calls"] += 1
     cut_short, ended = [], []
     for slot, running in enumerate(self._running):
       if running is None:
         continue
+      # The device counts the stop token as drawn; `push` leaves it out.
       num = int(drawn.num_B[slot])
       logprobs = None
       if running.request.top_logprobs is not None:
@@ -357,35 +394,40 @@ class Engine:
       if running.completion is None and drawn.is_failed_B[slot]:
         running.fail("the model's logits are not numbers, or no token is allowed")
       elif running.completion is not None and not isinstance(running.completion.stop, int):
-        cut_short.append(slot)  # by what the device does not know, unless it was the limit
+        cut_short.append(slot)  # by a stop string or a grammar, unless it was the limit
       if running.completion is not None:
         ended.append(slot)
     if drawn.is_failed_B[ended].any():
-      # What is no number stays so times the zero by which attention leaves it out.
+      # NaN * 0 is NaN: a NaN left in the cache would poison the slot's next request, although the
+      # mask gives its position weight 0.
       with jax.set_mesh(self._mesh):
         self._cache = self._programs.wipe(self._cache, drawn.is_failed_B)
     self._free(ended, on_device=any(self._running[s].remaining for s in cut_short))
 
-  def _free(self, slots, *, on_device: bool = True):
+  def _free(self, slots: Iterable[int], *, on_device: bool = True) -> None:
     """Takes ended requests out of their slots.
 
     Args:
-      on_device: some of them ended by what the device does not know (a stop string).
+      on_device: whether the device still has to be told: it knows of limits and stop tokens, not
+        of stop strings, grammars and cancelled requests.
     """
+    slots = list(slots)
     for slot in slots:
       running = self._running[slot]
       self._running[slot] = None
       self._counts[running.completion.finish_reason] += 1
       if running.completion.finish_reason != "cancelled":
         self._ended.append((running.ticket, running.completion))
+    # Otherwise the device would draw in the slot until its limit, and keep calls from ending early.
     if slots and on_device:
       ended_B = np.zeros(self.num_slots, np.bool_)
-      ended_B[list(slots)] = True
+      ended_B[slots] = True
       with jax.set_mesh(self._mesh):
         self._rows = self._programs.end_rows(self._rows, ended_B)
 
   def _fit_cache(self, length: int) -> None:
-    """Makes the cache long enough; shorter only when nothing has begun to run."""
+    """Makes the cache at least this long; shortens it only while no request has begun to decode."""
+    # In powers of two, each of which compiles the programs once.
     needed = _LEAST_CACHE
     while needed < length:
       needed *= 2
@@ -395,3 +437,68 @@ class Engine:
       with jax.set_mesh(self._mesh):
         self._cache = self._programs.resize(self._cache, length=needed)
       self._cache_length = needed
+
+
+def new_rows(
+  runs: Sequence[Running], size: int, *, eos_ids: Sequence[int], pad_id: int
+) -> decode.Rows:
+  """Makes rows for new requests, without keys, padded with free rows up to `size`."""
+  requests = [running.request for running in runs]
+  fill = size - len(requests)
+
+  def column(values: Sequence[Any], free: Any) -> np.ndarray:
+    return np.array([*values, *[free] * fill], np.asarray(free).dtype)
+
+  num_stops = MAX_STOP_IDS + len(eos_ids)
+  stop_ids_BE = np.full((size, num_stops), -1, np.int32)
+  allowed_from_BE = np.zeros((size, num_stops), np.int32)
+  for row, request in enumerate(requests):
+    ids = (*request.stop_ids, *eos_ids)
+    stop_ids_BE[row, : len(ids)] = ids
+    allowed_from_BE[row] = request.min_new_tokens
+    if request.ignore_eos:
+      allowed_from_BE[row, len(request.stop_ids) :] = _NEVER
+  free = SamplingConfig(temperature=0.0)
+  return decode.Rows(
+    last_B=column([request.prompt[-1] for request in requests], np.int32(pad_id)),
+    positions_B=column([len(request.prompt) - 1 for request in requests], np.int32(0)),
+    steps_B=np.zeros(size, np.int32),
+    limits_B=column([running.remaining for running in runs], np.int32(0)),
+    is_done_B=column([False] * len(requests), np.bool_(True)),
+    is_failed_B=np.zeros(size, np.bool_),
+    keys_B=None,
+    stop_ids_BE=stop_ids_BE,
+    allowed_from_BE=allowed_from_BE,
+    sampling=sampler.row_sampling([*[r.sampling for r in requests], *[free] * fill]),
+  )
+
+
+def features_of(runs: Iterable[Running], *, vocab_size: int) -> decode.Features:
+  """Returns the features that at least one of the requests needs."""
+  requests = [running.request for running in runs]
+  logprobs = [request.top_logprobs for request in requests if request.top_logprobs is not None]
+  # At most two programs: for the drawn tokens alone, or for the largest number of top tokens.
+  most = min(MAX_TOP_LOGPROBS, vocab_size)
+  return decode.Features(
+    truncates=any(request.sampling.truncates for request in requests),
+    bans=any(request.min_new_tokens or request.ignore_eos for request in requests),
+    penalizes=any(request.sampling.penalizes for request in requests),
+    is_masked=any(request.grammar is not None for request in requests),
+    num_logprobs=None if not logprobs else most if any(logprobs) else 0,
+  )
+
+
+def token_logprobs(drawn: decode.Drawn, slot: int, num: int, num_top: int) -> list[TokenLogprobs]:
+  """Returns the log-probabilities of the first `num` tokens drawn in a slot."""
+  found = []
+  for step in range(num):
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+      ids, values = drawn.top_ids_NBk[step, slot], drawn.top_logprobs_NBk[step, slot]
+      top = tuple(zip(ids[:num_top].tolist(), values[:num_top].tolist()))
+    found.append(TokenLogprobs(float(drawn.logprobs_NB[step, slot]), top))
+  return found
+
+
+def _buckets(lengths: Iterable[int], longest: int) -> list[int]:
+  return sorted({min(length, longest) for length in (*lengths, longest)})

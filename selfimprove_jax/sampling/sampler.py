@@ -1,7 +1,6 @@
-"""Logits to tokens: every row with its own temperature, truncation, penalties and key."""
+"""Logits to tokens; each row has its own temperature, truncation, penalties and random key."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -10,53 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from selfimprove_jax.sampling.requests import SamplingConfig
+
 AnyArray = jax.Array | np.ndarray
-"""On devices, or made on the host for them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How a token is drawn.
-
-  Attributes:
-    temperature: 0 takes the most likely token.
-    top_k: only the k most likely tokens; 0 for all.
-    top_p: only the most likely tokens that together reach this probability (the one that passes
-      it included); 1 for all. Applied after `top_k`, at the given temperature.
-    repetition_penalty: logits of tokens that stand in the prompt or were drawn are divided by it if
-      positive, else multiplied (Keskar et al. 2019); 1 for none.
-    presence_penalty: is taken off the logits of tokens that were drawn (OpenAI's).
-    frequency_penalty: is taken off as often as a token was drawn (OpenAI's).
-  """
-
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  repetition_penalty: float = 1.0
-  presence_penalty: float = 0.0
-  frequency_penalty: float = 0.0
-
-  def __post_init__(self):
-    if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f"{self}: temperature and top_k must be at least 0, top_p in (0, 1]")
-    if not 0 < self.repetition_penalty < math.inf:
-      raise ValueError(f"{self}: repetition_penalty must be above 0")
-    if not (math.isfinite(self.presence_penalty) and math.isfinite(self.frequency_penalty)):
-      raise ValueError(f"{self}: presence_penalty and frequency_penalty must be finite")
-
-  @property
-  def truncates(self) -> bool:
-    return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
-
-  @property
-  def penalizes(self) -> bool:
-    changes = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-    return any(changes)
+"""An array on devices, or on the host before it is transferred."""
 
 
 @flax.struct.dataclass
 class RowSampling:
-  """`SamplingConfig` of each row of a batch."""
+  """The `SamplingConfig` of each row of a batch."""
 
   temperature_B: Float[AnyArray, "B"]
   top_k_B: Int[AnyArray, "B"]
@@ -67,6 +28,7 @@ class RowSampling:
 
 
 def row_sampling(configs: Sequence[SamplingConfig]) -> RowSampling:
+  """Stacks the configs of the rows."""
   columns = {
     f"{field.name}_B": np.array(
       [getattr(c, field.name) for c in configs], np.int32 if field.name == "top_k" else np.float32
@@ -83,14 +45,15 @@ def penalize(
   in_prompt_BV: Bool[Array, "B V"],
   counts_BV: Int[Array, "B V"],
 ) -> Float[Array, "B V"]:
-  """Logits after the penalties.
+  """Applies the repetition, presence and frequency penalties.
 
   Args:
-    in_prompt_BV: whether a token stands in the prompt.
+    in_prompt_BV: whether the token is in the prompt.
     counts_BV: how often it was drawn.
   """
   drawn_BV = counts_BV > 0
   factor_B1 = c.repetition_penalty_B[:, None]
+  # Dividing a negative logit would make its token more likely, so those are multiplied.
   repeated_BV = jnp.where(logits_BV > 0, logits_BV / factor_B1, logits_BV * factor_B1)
   logits_BV = jnp.where(drawn_BV | in_prompt_BV, repeated_BV, logits_BV)
   logits_BV -= c.presence_penalty_B[:, None] * drawn_BV
@@ -98,21 +61,26 @@ def penalize(
 
 
 def truncate(logits_BV: Float[Array, "B V"], c: RowSampling) -> Float[Array, "B V"]:
-  """Minus infinity where top-k and top-p cut off; `logits_BV` are at the temperature already.
+  """Sets the logits that top-k and top-p cut off to minus infinity.
 
-  Without sorting: each threshold is found by halving the range of float32, in 32 passes.
+  Ties with the last kept token are kept too. No sort: the threshold of each row is found by
+  bisection over the float32 values, in 32 passes, which is faster than sorting the vocabulary.
+
+  Args:
+    logits_BV: already divided by the temperature.
   """
   ranks_BV = _ordered(logits_BV)
 
-  def top_k_holds(thresholds_B):
+  def top_k_holds(thresholds_B: jax.Array) -> jax.Array:
     return jnp.sum(ranks_BV >= thresholds_B[:, None], axis=-1) >= c.top_k_B
 
   kth_B = _largest(top_k_holds, logits_BV.shape[0])
   logits_BV = jnp.where((c.top_k_B > 0)[:, None] & (ranks_BV < kth_B[:, None]), -jnp.inf, logits_BV)
+  # The weights of tokens that top-k cut are zero now, so top-p works on what is left.
   weights_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
   needed_B = c.top_p_B * jnp.sum(weights_BV, axis=-1)
 
-  def top_p_holds(thresholds_B):
+  def top_p_holds(thresholds_B: jax.Array) -> jax.Array:
     return (
       jnp.sum(jnp.where(ranks_BV >= thresholds_B[:, None], weights_BV, 0.0), axis=-1) >= needed_B
     )
@@ -125,68 +93,91 @@ def truncate(logits_BV: Float[Array, "B V"], c: RowSampling) -> Float[Array, "B 
 def draw(
   logits_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], c: RowSampling, *, truncates: bool
 ) -> Int[Array, "B"]:
-  """One token a row; a row's token depends on its own logits, settings and key alone.
+  """Draws one token per row, from that row's logits, settings and key alone.
 
   Args:
     logits_BV: float32, after penalties.
     truncates: whether any row has a `top_k` or `top_p`.
   """
   is_greedy_B = c.temperature_B == 0
-  # From the largest, so that a temperature near 0 makes no infinities that the softmax can't take.
+  # Subtract the maximum before dividing: a temperature near 0 would overflow to infinity.
   below_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  # Greedy rows are divided by 1 to keep them finite; what is drawn for them is not used.
   scaled_BV = below_BV / jnp.where(is_greedy_B, 1.0, c.temperature_B)[:, None]
   if truncates:
     scaled_BV = truncate(scaled_BV, c)
   drawn_B = _categorical(scaled_BV, keys_B)
-  return jnp.where(is_greedy_B, _first_largest(logits_BV), drawn_B).astype(jnp.int32)
+  return jnp.where(is_greedy_B, argmax(logits_BV), drawn_B).astype(jnp.int32)
 
 
-def _first_largest(logits_BV):
-  """As argmax, in two passes that vectorize: XLA's on CPUs does not."""
+def argmax(logits_BV: Float[Array, "B V"]) -> Int[Array, "B"]:
+  """Returns the index of each row's largest logit, the first of several.
+
+  The platform that the program is lowered for chooses the implementation; the results are equal,
+  NaN aside, which the caller tests for.
+  """
+  return jax.lax.platform_dependent(logits_BV, cpu=_argmax_cpu, default=_argmax)
+
+
+def _argmax(logits_BV: jax.Array) -> jax.Array:
+  return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _argmax_cpu(logits_BV: jax.Array) -> jax.Array:
+  """Two passes that vectorize; XLA's argmax on CPUs is a scalar loop."""
   largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-  place_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
-  return jnp.min(jnp.where(logits_BV == largest_B1, place_V[None], place_V[-1]), axis=-1)
+  index_V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)
+  return jnp.min(jnp.where(logits_BV == largest_B1, index_V[None], index_V[-1]), axis=-1)
 
 
-def _categorical(logits_BV, keys_B):
-  """Draws a block of the vocabulary by its weight, then a token of the block.
+def _categorical(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+  """Draws a block of the vocabulary by its total weight, then a token within the block.
 
-  With two uniform numbers a row; one Gumbel number for each token of the vocabulary would take as
-  long as the model's step, for small models on CPU.
+  This takes two uniform numbers per row. A Gumbel number for each token of the vocabulary would
+  take as long as the model's step, for small models on CPU.
   """
   B, V = logits_BV.shape
-  size = 1 << (max(V - 1, 1).bit_length() // 2)
+  size = 1 << (max(V - 1, 1).bit_length() // 2)  # about sqrt(V): both draws scan as many weights
   padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -V % size)), constant_values=-jnp.inf)
   weights_BV = jnp.exp(padded_BV - jnp.max(padded_BV, axis=-1, keepdims=True))
   weights_BCS = weights_BV.reshape(B, -1, size)
   uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
   blocks_B = _pick(jnp.sum(weights_BCS, axis=-1), uniform_B2[:, 0])
-  of_block_BS = jnp.take_along_axis(weights_BCS, blocks_B[:, None, None], axis=1)[:, 0]
-  return blocks_B * size + _pick(of_block_BS, uniform_B2[:, 1])
+  block_BS = jnp.take_along_axis(weights_BCS, blocks_B[:, None, None], axis=1)[:, 0]
+  return blocks_B * size + _pick(block_BS, uniform_B2[:, 1])
 
 
-def _pick(weights_BN, uniform_B):
-  """An index of each row, with probability proportional to its weight; never one of weight 0."""
+def _pick(weights_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
+  """Draws an index per row in proportion to its weight; never one of weight 0."""
   sums_BN = jnp.cumsum(weights_BN, axis=-1)
   total_B1 = sums_BN[:, -1:]
+  # `<=`, not `<`: a uniform number of exactly 0 must not pick an index of weight 0.
   index_B = jnp.sum(sums_BN <= uniform_B[:, None] * total_B1, axis=-1)
-  # By rounding the product may be the total itself: then the last that has a weight.
+  # The product may round up to the total itself; then take the last index that has a weight.
   return jnp.minimum(index_B, jnp.argmax(sums_BN >= total_B1, axis=-1))
 
 
-def _ordered(x):
-  """int32 numbers in the order of float32 ones."""
+def _ordered(x: jax.Array) -> jax.Array:
+  """Maps float32 to int32 so that the order is kept."""
+  # The bits of positive floats are ordered like ints; those of negative ones in reverse.
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
   return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _largest(holds: Callable[[Int[Array, "B"]], Bool[Array, "B"]], num_rows: int):
-  """The largest int32 of each row that holds, where all below it do too and the least does."""
+def _largest(
+  holds: Callable[[Int[Array, "B"]], Bool[Array, "B"]], num_rows: int
+) -> Int[Array, "B"]:
+  """Bisects for the largest int32 of each row that holds.
+
+  Args:
+    holds: true for the least int32, and for all values below one for which it is true.
+  """
   bounds = jnp.iinfo(jnp.int32)
 
-  def halve(_, low_high):
-    low_B, high_B = low_high  # `low_B` holds, what is above `high_B` does not
-    middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # their mean, rounded up, in 32 bits
+  def halve(_: jax.Array, low_high: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    low_B, high_B = low_high  # invariant: `low_B` holds, values above `high_B` do not
+    # The mean, rounded up, without the overflow of (low + high) / 2 in 32 bits.
+    middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)
     is_held_B = holds(middle_B)
     return jnp.where(is_held_B, middle_B, low_B), jnp.where(is_held_B, high_B, middle_B - 1)
 

@@ -1,4 +1,4 @@
-"""Synthesis at scale: seed documents to new documents (SBP, section 3.1; arXiv 2509.15248)."""
+"""Turns seed documents into prompts, and samples into records (SBP; arXiv 2509.15248, 3.1)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from selfimprove_jax.sampling.requests import Completion
 
 
 def seed_index(record: int, *, num_documents: int, seed: int) -> int:
-  """Which document record number `record` starts from: uniform, a function of these numbers."""
+  """Draws the seed document of a record number, uniformly; depends on its arguments alone."""
   return int(np.random.default_rng([seed, record]).integers(num_documents))
 
 
 def conditional_prompt(d1_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-  """`BOS d1 SEP`: what the synthesizer continues with d2."""
+  """Returns `BOS d1 SEP`, which the synthesizer continues with d2."""
   return [tokenizer.bos_id, *d1_ids, tokenizer.sep_id]
 
 
 def unconditional_prompt(tokenizer: Tokenizer) -> list[int]:
-  """`BOS`: what a language model continues with a document of its own (a control, not SBP's)."""
+  """Returns `BOS`, which a language model continues with any document (a control; not in SBP)."""
   return [tokenizer.bos_id]
 
 
@@ -33,7 +33,7 @@ def synthetic_record(
   completion: Completion,
   tokenizer: Tokenizer,
 ) -> dict[str, Any]:
-  """One sampled document, traceable to its seed."""
+  """Returns the record of one sampled document, which can be traced to its seed."""
   return {
     "id": f"{source}-{index:09d}",
     "seed_id": seed_document["id"] if seed_document else None,

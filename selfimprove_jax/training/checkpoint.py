@@ -1,8 +1,8 @@
-"""Checkpoints of the training state, through orbax; the only file that knows orbax.
+"""Checkpoints of the training state, through orbax, with a checksum of every array.
 
-A step is committed by a rename (in an object store by a last object), so a killed save leaves
-nothing that looks like a checkpoint. With each step goes a checksum of every leaf, compared on
-reading: damage that the file format does not notice is noticed here, and the step before is used.
+Orbax commits a step by a rename (in an object store by a last object), so a killed save leaves
+nothing that looks like a checkpoint. The checksums reveal damage that the file format does not
+notice; a damaged step is set aside, and the one before it is used.
 """
 
 import logging
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from selfimprove_jax import storage
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
+from selfimprove_jax.runs import storage
 from selfimprove_jax.training.train_step import TrainState
 
 _logger = logging.getLogger(__name__)
@@ -28,14 +28,9 @@ class Checkpoints:
     """Opens or creates the folder.
 
     Args:
-      keep: how many of the last steps stay, beside those that `save` was told to protect; one more
-        while a new one is being written. None only reads, and leaves the folder as it is.
-
-    Raises:
-      ValueError: `keep` is below 1.
+      keep: steps that stay on disk, the newest ones, not counting those that `save` protects; while
+        a step is written, one more stays. None only reads, and changes nothing in the folder.
     """
-    if keep is not None and keep < 1:
-      raise ValueError(f"keep={keep} must be at least 1: a run goes on from its last checkpoint")
     self._keep = keep
     self._protected: frozenset[int] | None = None  # None: nothing was saved, so nothing is deleted
     options = ocp.CheckpointManagerOptions(
@@ -50,18 +45,19 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, protect: frozenset[int] = frozenset()) -> None:
-    """Starts to write a step; of those on disk only the last `keep` and `protect` stay.
+    """Starts to write a step; deletes all others but the last `keep` and those in `protect`.
 
-    Returns once the state may be donated; `wait` returns once it is on disk.
+    Returns when the state may be donated; `wait` returns when it is on disk.
     """
     step = int(state.step)
     self._protected = protect
     if step in self._manager.all_steps():
       return
-    # Not after: until the new one is on disk, an old one is all there is.
+    # Old steps are deleted here, not after this save has started: until it is on disk, they are all
+    # there is.
     self.wait()
     if jax.default_backend() == "cpu":
-      # Orbax would read the live buffers, which the next step is allowed to overwrite.
+      # On CPUs orbax reads the live buffers, which the next step may overwrite.
       state = jax.tree.map(jnp.copy, state)
     optimizer = {"opt_state": state.opt_state, "step": state.step}
     self._manager.save(
@@ -76,91 +72,61 @@ class Checkpoints:
     )
 
   def restore_last(self, abstract: TrainState) -> TrainState | None:
-    """The newest state that is whole, on the shardings of `abstract`; None if there is none.
+    """Restores the newest undamaged state onto the shardings of `abstract`; None if there is none.
 
-    Damaged steps are reported, and set aside as `<step>.damaged`.
+    Damaged steps are reported, and renamed to `<step>.damaged`.
     """
+    optimizer = {"opt_state": abstract.opt_state, "step": abstract.step}
     for step in reversed(self.steps()):
       try:
-        return self._restore(step, abstract)
+        params, restored = self._restore(step, params=abstract.params, optimizer=optimizer)
       except DamagedCheckpointError as error:
         _logger.warning("%s; going back to the checkpoint before it", error)
         self._set_aside(step)
+      else:
+        return TrainState(restored["step"], params, restored["opt_state"])
     return None
 
+  def restore_params(self, step: int, abstract_params: Any) -> Any:
+    """Restores the parameters of one step onto the shardings of `abstract_params`.
+
+    Raises:
+      DamagedCheckpointError: the step is missing, can't be read or is not what was saved.
+    """
+    (params,) = self._restore(step, params=abstract_params)
+    return params
+
+  def _restore(self, step: int, **parts: Any) -> list[Any]:
+    path = self._manager.directory / str(step)
+    arguments = {name: ocp.args.StandardRestore(abstract) for name, abstract in parts.items()}
+    try:
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(**arguments, checksums=ocp.args.JsonRestore())
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
+      raise DamagedCheckpointError(f"checkpoint {path} can't be read: {error}") from error
+    for name in parts:
+      if restored.checksums.get(name) != checksums(restored[name]):
+        raise DamagedCheckpointError(
+          f"checkpoint {path} is damaged: the checksums of its {name} differ from those saved"
+        )
+    return [restored[name] for name in parts]
+
   def _set_aside(self, step: int) -> None:
-    # Not deleted: what could not be read now (too little memory, a network disk) may be whole.
-    path = self._path(step)
+    # Not deleted: a step that can't be read now (too little memory, a network disk) may be whole.
+    path = self._manager.directory / str(step)
     if jax.process_index() == 0:
       storage.move(path, path.with_name(f"{step}.damaged"))
     multihost_utils.sync_global_devices("checkpoint set aside")
     self._manager.reload()
 
-  def _restore(self, step: int, abstract: TrainState) -> TrainState:
-    optimizer = {"opt_state": abstract.opt_state, "step": abstract.step}
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(abstract.params),
-          optimizer=ocp.args.StandardRestore(optimizer),
-          checksums=ocp.args.JsonRestore(),
-        ),
-      )
-    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged file
-      raise DamagedCheckpointError(
-        f"checkpoint {self._path(step)} can't be read: {error}"
-      ) from error
-    self._compare(step, "params", restored.params, restored.checksums)
-    self._compare(step, "optimizer", restored.optimizer, restored.checksums)
-    return TrainState(
-      step=restored.optimizer["step"],
-      params=restored.params,
-      opt_state=restored.optimizer["opt_state"],
-    )
-
-  def restore_params(self, step: int, abstract_params: Any) -> Any:
-    """The parameters of one step, on the shardings of `abstract_params`.
-
-    Raises:
-      DamagedCheckpointError: the step is missing, can't be read or is not what was saved.
-    """
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(abstract_params), checksums=ocp.args.JsonRestore()
-        ),
-      )
-    except Exception as error:
-      raise DamagedCheckpointError(
-        f"checkpoint {self._path(step)} can't be read: {error}"
-      ) from error
-    self._compare(step, "params", restored.params, restored.checksums)
-    return restored.params
-
-  def _compare(self, step, part, tree, saved):
-    if saved.get(part) != checksums(tree):
-      raise DamagedCheckpointError(
-        f"checkpoint {self._path(step)} is damaged: checksums of {part} are not those saved"
-      )
-
-  def _path(self, step):
-    return self._manager.directory / str(step)
-
   def wait(self) -> None:
-    """Returns when everything saved is on disk; raises what the writing raised."""
+    """Returns when everything saved is on disk; raises what the writing thread raised."""
     self._manager.wait_until_finished()
     if self._protected is not None:
       for old in self.steps()[: -self._keep]:
         if old not in self._protected:
           self._manager.delete(old)
-
-  def delete_after(self, step: int) -> None:
-    """Deletes checkpoints beyond a step."""
-    for later in self.steps():
-      if later > step:
-        self._manager.delete(later)
 
   def close(self) -> None:
     self.wait()

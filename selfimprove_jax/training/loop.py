@@ -2,55 +2,37 @@
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
-from selfimprove_jax import distributed, hardware, partitioning, storage
 from selfimprove_jax.data.mixture import Mixture
 from selfimprove_jax.models.llama import Llama
-from selfimprove_jax.progress import Progress
-from selfimprove_jax.training import checkpoint, preemption, train_step
+from selfimprove_jax.runs import storage
+from selfimprove_jax.runtime import distributed, hardware, partitioning, preemption
+from selfimprove_jax.runtime.progress import Bar, Progress
+from selfimprove_jax.training import train_step
+from selfimprove_jax.training.checkpoint import Checkpoints
+from selfimprove_jax.training.config import TrainingConfig
+from selfimprove_jax.training.losses import Loss
 from selfimprove_jax.training.metrics_log import MetricsLog
 from selfimprove_jax.training.speed import Clock
+from selfimprove_jax.training.train_step import Metrics, TrainState
 
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-  """When things happen, in steps.
-
-  Attributes:
-    num_steps: updates of the whole run.
-    board_every: a point of the TensorBoard curves; `metrics.jsonl` holds every step.
-    evaluate_every: also at the end.
-    checkpoint_every: also at the end, and when SIGTERM asks.
-    keep: checkpoints that stay.
-    patience: stop after that many evaluations without a lower loss; None never stops early.
-    accumulation_steps: parts that a batch is taken in.
-  """
-
-  num_steps: int
-  board_every: int
-  evaluate_every: int
-  checkpoint_every: int
-  keep: int
-  patience: int | None = None
-  accumulation_steps: int = 1
+_MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-  """What a run ended with.
+  """The result of a run.
 
   Attributes:
-    step: the step whose parameters are the result: the last, or, with patience, the best.
+    step: the step of the resulting parameters: the last one, or with patience the best one.
     params: its parameters.
-    steps_made: updates computed, which is what the run cost.
+    steps_made: updates computed, which is the cost of the run.
     curve: the records of `metrics.jsonl`.
   """
 
@@ -61,51 +43,52 @@ class TrainResult:
 
 
 class LossIsNotFiniteError(FloatingPointError):
-  """The loss or the gradient became infinite or NaN, or leapt at every step."""
-
-
-_MAX_SKIPPED_IN_A_ROW = 20
+  """The loss or gradient became infinite or NaN, or step after step was skipped as a spike."""
 
 
 def train(
   *,
   folder: storage.Path,
   model: Llama,
-  tx: optax.GradientTransformation,
-  learning_rate: optax.Schedule,
+  loss: Loss,
   mesh: Mesh,
+  training: TrainingConfig,
+  num_steps: int,
+  weight_decay: float,
   mixture: Mixture,
-  schedule: Schedule,
-  seed: int,
   evaluate: Callable[[Any], float],
+  seed: int,
   label: str,
   progress: Progress,
   initial_params: Any = None,
 ) -> TrainResult:
-  """Trains, or goes on training, in `folder`.
+  """Trains in a folder, or continues the training there.
 
   A run that was interrupted anywhere and started again ends with the same parameters and the same
   `metrics.jsonl`, bit for bit on the same devices: the data and the dropout of a step depend on its
-  number alone, and the checkpoint holds the rest. Metrics of a step are fetched once the next one
-  is under way.
+  number alone, and the checkpoint holds everything else.
 
   Args:
-    evaluate: parameters -> held-out nats per token.
+    evaluate: maps parameters to the validation loss.
     initial_params: start from these instead of from `seed`.
 
   Raises:
-    LossIsNotFiniteError: training diverged; the last checkpoint from before is kept.
+    LossIsNotFiniteError: training diverged; the last sound checkpoint stays.
     preemption.Preempted: SIGTERM came; the state is saved.
   """
   init_key, dropout_key = jax.random.split(jax.random.key(seed))
-  step_fn = functools.partial(
-    train_step.make_train_step(
-      model, tx, learning_rate, mesh, accumulation_steps=schedule.accumulation_steps
-    ),
-    dropout_key=dropout_key,
+  learning_rate = training.learning_rate(num_steps)
+  tx = training.make_optimizer(learning_rate, weight_decay=weight_decay)
+  jitted = train_step.make_train_step(
+    loss, model, tx, learning_rate, mesh, accumulation_steps=training.accumulation_steps
   )
+
+  def step_fn(state: TrainState, batch: train_step.Batch) -> tuple[TrainState, Metrics]:
+    with jax.set_mesh(mesh):
+      return jitted(state, batch, dropout_key)
+
   abstract = train_step.abstract_state(model, tx, mesh)
-  with checkpoint.Checkpoints(folder / "checkpoints", keep=schedule.keep) as checkpoints:
+  with Checkpoints(folder / "checkpoints", keep=training.keep) as checkpoints:
     state = checkpoints.restore_last(abstract)
     if state is None:
       state = train_step.init_state(model, tx, mesh, key=init_key, params=initial_params)
@@ -118,116 +101,111 @@ def train(
     )
     with distributed.main_first("metrics"):
       log = MetricsLog(folder, from_step=start, writes=distributed.is_main())
-    try:
-      run = _Run(checkpoints, log, schedule, label, clock)
-      bar = progress.track(schedule.num_steps, label=label, unit="steps", start=start)
-      with bar as shown, distributed.watched(label) as run.beat:
-        state = run.steps(state, step_fn, mixture, mesh, evaluate, shown)
+    with contextlib.closing(log):
+      run = _Run(training, num_steps, checkpoints, log, clock, evaluate, label)
+      bar = progress.track(num_steps, label=label, unit="steps", start=start)
+      batches = mixture.iterate(start, num_steps=num_steps - start)
+      with contextlib.closing(batches), bar as shown, distributed.watched(label) as run.beat:
+        for_step = (partitioning.global_batch(batch, mesh) for _, batch in batches)
+        state = run.steps(state, step_fn, for_step, shown)
       run.save(state)
       checkpoints.wait()
       if line := clock.line():
         progress.note(f"{label}: {line}")
       step = int(state.step)
-      best = step if schedule.patience is None else run.best_step()
+      best = step if training.patience is None else run.best_step()
       params = state.params
       if best != step:
         params = checkpoints.restore_params(best, abstract.params)
       return TrainResult(best, params, step, log.records)
-    finally:
-      log.close()
 
 
+@dataclasses.dataclass
 class _Run:
-  """One run's bookkeeping around the steps."""
+  """Evaluates, saves, logs and checks around the steps of one run."""
 
-  def __init__(
-    self,
-    checkpoints: checkpoint.Checkpoints,
-    log: MetricsLog,
-    schedule: Schedule,
-    label: str,
-    clock: Clock,
-  ):
-    self.checkpoints = checkpoints
-    self.log = log
-    self.schedule = schedule
-    self.label = label
-    self.clock = clock
-    self.beat: Callable[[], None] = lambda: None
-    self.skipped_in_a_row = 0
+  training: TrainingConfig
+  num_steps: int
+  checkpoints: Checkpoints
+  log: MetricsLog
+  clock: Clock
+  validation_loss: Callable[[Any], float]
+  label: str
+  beat: Callable[[], None] = lambda: None
+  skipped_in_a_row: int = 0
 
-  def steps(self, state, step_fn, mixture, mesh, evaluate, bar):
-    s = self.schedule
+  def steps(self, state: TrainState, step_fn: Any, batches: Any, bar: Bar) -> TrainState:
+    """Makes the steps that are left; returns the state after the last or the stopping one."""
+    evaluate_every = self.training.evaluate_every(self.num_steps)
+    checkpoint_every = self.training.checkpoint_every(self.num_steps)
     start = int(state.step)
     if start == 0 and not self.log.records:
-      self.evaluate(0, evaluate, state)
+      self.evaluate(0, state)
     if self.stops_early():
       return state
-    waiting = None  # the metrics of the step before, still on the device
-    batches = mixture.iterate(start, num_steps=s.num_steps - start)
-    with contextlib.closing(batches):
-      for step in range(start + 1, s.num_steps + 1):
-        with self.clock.lost_to("data"):
-          _, batch = next(batches)
-          batch = partitioning.global_batch(batch, mesh)
-        if step == start + 1:
-          with self.clock.lost_to("compile"):
-            state, metrics = step_fn(state, batch)
-        else:
-          state, metrics = step_fn(state, batch)
-        if waiting is not None:
-          self.fetch(waiting, step - 1)
-        waiting = metrics
-        evaluates = step == s.num_steps or step % s.evaluate_every == 0
-        saves = step % s.checkpoint_every == 0 or (evaluates and s.patience is not None)
-        leaves = preemption.requested(step)
-        if evaluates or saves or leaves:
-          # Nothing is saved before it is known that the step was sound.
-          self.fetch(waiting, step)
-          waiting = None
-        self.clock.step_done()
-        if evaluates:
-          self.evaluate(step, evaluate, state)
-        if saves:
-          self.save(state)
-        if evaluates and self.stops_early():
-          break
-        if leaves:
-          self.save(state)
-          self.checkpoints.wait()
-          raise preemption.Preempted(f"{self.label}: stopped at step {step}, state saved")
-        self.show(step, bar)
+    waiting = None  # metrics of the step before, still on the device
+    for step in range(start + 1, self.num_steps + 1):
+      with self.clock.lost_to("data"):
+        batch = next(batches)
+      with self.clock.lost_to("compile") if step == start + 1 else contextlib.nullcontext():
+        state, metrics = step_fn(state, batch)
+      # Metrics are fetched one step late, so that the devices always have the next step to do.
+      if waiting is not None:
+        self.fetch(waiting, step - 1)
+      waiting = metrics
+      evaluates = step == self.num_steps or step % evaluate_every == 0
+      # With patience the best parameters are the result, so every evaluated state is saved.
+      saves = step % checkpoint_every == 0
+      saves |= evaluates and self.training.patience is not None
+      preempted = preemption.requested(step)
+      if evaluates or saves or preempted:
+        # A state is saved only after its step was checked.
+        self.fetch(waiting, step)
+        waiting = None
+      self.clock.step_done()
+      if evaluates:
+        self.evaluate(step, state)
+      if saves:
+        self.save(state)
+      if evaluates and self.stops_early():
+        break
+      if preempted:
+        self.save(state)
+        self.checkpoints.wait()
+        raise preemption.Preempted(f"{self.label}: stopped at step {step}, state saved")
+      self.show(step, bar)
     return state
 
-  def evaluate(self, step, evaluate, state):
+  def evaluate(self, step: int, state: TrainState) -> None:
     with self.clock.lost_to("evaluation"):
-      self.log.write(step, {"validation/loss": evaluate(state.params)})
+      self.log.write(step, {"validation/loss": self.validation_loss(state.params)})
     self.beat()
 
-  def show(self, step, bar):
+  def show(self, step: int, bar: Bar) -> None:
     shown = {} if self.log.last_loss is None else {"loss": self.log.last_loss}
-    if step % self.schedule.board_every == 0:
-      speed = self.clock.summary(last_steps=self.schedule.board_every)
+    if step % self.training.board_every == 0:
+      speed = self.clock.summary(last_steps=self.training.board_every)
       self.log.write_speed(step, speed)
       shown["tokens_per_second"] = speed["tokens_per_second"]
       if speed["mfu"] is not None:
         shown["mfu"] = speed["mfu"]
     bar.update(1, **shown)
 
-  def fetch(self, metrics, step):
+  def fetch(self, metrics: Metrics, step: int) -> None:
+    """Waits for a step's metrics, checks and logs them."""
     values = {f"train/{name}": float(value) for name, value in metrics.items()}
     self.beat()
     self.check(values, step)
-    self.log.write(step, values, board=step % self.schedule.board_every == 0)
+    self.log.write(step, values, board=step % self.training.board_every == 0)
 
-  def check(self, values, step):
-    """Refuses a step that was not sound, unless it was left out."""
+  def check(self, values: dict[str, float], step: int) -> None:
+    """Raises LossIsNotFiniteError for a step with bad numbers that was not skipped."""
     before = next((r for r in reversed(self.log.records) if "train/loss" in r), {})
     if values.get("train/skipped", 0.0) > before.get("train/skipped", 0.0):
       self.skipped_in_a_row += 1
       if self.skipped_in_a_row <= _MAX_SKIPPED_IN_A_ROW:
         return
-      fault = f"was the {self.skipped_in_a_row}th in a row to be left out as a spike"
+      fault = f"is number {self.skipped_in_a_row} in a row to be skipped as a spike"
     else:
       self.skipped_in_a_row = 0
       loss, norm = values["train/loss"], values["train/grad_norm"]
@@ -241,26 +219,25 @@ class _Run:
       f"{kept[-1] if kept else None}. Lower the learning rate or the clipping norm"
     )
 
-  def save(self, state):
-    protect = frozenset() if self.schedule.patience is None else frozenset([self.best_step()])
+  def save(self, state: TrainState) -> None:
+    protect = frozenset() if self.training.patience is None else frozenset([self.best_step()])
     with self.clock.lost_to("checkpoint"):
-      self.log.sync()  # first: a run that goes on from the checkpoint has its steps' metrics
+      # First: a run that resumes from this checkpoint needs the metrics of the steps before it.
+      self.log.sync()
       self.checkpoints.save(state, protect=protect)
     self.beat()
 
   def evaluations(self) -> list[tuple[float, int]]:
-    return [
-      (record["validation/loss"], record["step"])
-      for record in self.log.records
-      if "validation/loss" in record
-    ]
+    """Returns (loss, step) of every evaluation so far, from earlier attempts too."""
+    records = self.log.records
+    return [(r["validation/loss"], r["step"]) for r in records if "validation/loss" in r]
 
   def best_step(self) -> int:
-    # Step 0 is the start of the run and never saved.
+    # Step 0 is the start of the run, which is not saved.
     return min((e for e in self.evaluations() if e[1] > 0), default=(math.inf, 0))[1]
 
   def stops_early(self) -> bool:
     evaluations = self.evaluations()
     best = min(range(len(evaluations)), key=lambda i: evaluations[i], default=0)
-    patience = self.schedule.patience
+    patience = self.training.patience
     return patience is not None and len(evaluations) - 1 - best >= patience

@@ -1,27 +1,27 @@
-"""The curves of a run: `metrics.jsonl`, and TensorBoard files of the same numbers.
+"""Writes the curves of a run: `metrics.jsonl`, and TensorBoard files of the same numbers.
 
-`metrics.jsonl` holds what the run computed and nothing of when, so that an interrupted run's file
-is the uninterrupted one's. Speeds go to `speed.jsonl` and TensorBoard.
+`metrics.jsonl` holds no times, so an interrupted run ends with the same file as an uninterrupted
+one. Speeds go to `speed.jsonl` and TensorBoard.
 """
 
 import json
 import os
 from typing import Any
 
-from selfimprove_jax import storage
+from selfimprove_jax.runs import storage
 
 
 class MetricsLog:
-  """Appends flat dicts of numbers by step."""
+  """Appends flat dicts of numbers, one record per step and kind."""
 
   FILE = "metrics.jsonl"
   SPEED_FILE = "speed.jsonl"
 
   def __init__(self, folder: str | os.PathLike, *, from_step: int, writes: bool = True):
-    """Goes on after `from_step`: later lines, of steps that will be made again, are dropped.
+    """Opens the log after `from_step`; drops later lines, whose steps will be computed again.
 
     Args:
-      writes: False keeps the records in memory only, as the processes beside the main one do.
+      writes: False keeps the records in memory only, for all but the main process of a job.
     """
     folder = storage.path(folder)
     path = folder / self.FILE
@@ -39,11 +39,12 @@ class MetricsLog:
 
   @property
   def last_loss(self) -> float | None:
-    """The newest training loss; None before the first."""
+    """Returns the newest training loss; None before the first."""
     losses = (r["train/loss"] for r in reversed(self.records) if "train/loss" in r)
     return next(losses, None)
 
   def write(self, step: int, metrics: dict[str, float], *, board: bool = True) -> None:
+    """Appends a record; with `board`, also a point of each TensorBoard curve."""
     record = {"step": step, **metrics}
     self.records.append(record)
     if self._file is not None:
@@ -52,7 +53,7 @@ class MetricsLog:
       self._to_board(step, metrics)
 
   def write_speed(self, step: int, summary: dict[str, Any]) -> None:
-    """A `speed.Clock`'s summary, which another run of the same steps would not repeat."""
+    """Appends the summary of a `speed.Clock` to `speed.jsonl` and TensorBoard."""
     if self._speed_file is None:
       return
     self._speed_file.write(json.dumps({"step": step, **summary}) + "\n")
@@ -61,13 +62,13 @@ class MetricsLog:
       shown["mfu"] = summary["mfu"]
     self._to_board(step, {f"speed/{name}": value for name, value in shown.items()})
 
-  def _to_board(self, step, metrics):
+  def _to_board(self, step: int, metrics: dict[str, float]) -> None:
     if self._board is not None:
       for name, value in metrics.items():
         self._board.add_scalar(name, value, step)
 
   def sync(self) -> None:
-    """Brings an object store, which can't append, up to date; on a disk all is there already."""
+    """Uploads what was written to an object store, which can't append; does nothing on a disk."""
     for file in (self._file, self._speed_file):
       if file is not None:
         file.sync()
@@ -83,7 +84,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The records of a `metrics.jsonl`; a last line torn by a crash is left out."""
+  """Reads a `metrics.jsonl`; ignores a last line that a crash cut off."""
   path = storage.path(path)
   if not path.exists():
     return []

@@ -1,8 +1,6 @@
-"""How fast a run is, and where its time goes: `speed.jsonl`, TensorBoard and a line at the end.
+"""Measures the speed of a run, and the time it loses to other work than steps.
 
-Kept apart from `metrics.jsonl`, which holds only what another run of the same steps would repeat.
-
-Model FLOPs utilisation (MFU) counts what the model needs, not what was computed: causal attention
+Model FLOPs utilization (MFU) counts the model's FLOPs, not the computed ones: causal attention
 half, nothing for remat, padding as tokens; over the time of the steps alone. Goodput is the share
 of the time since the process began to train that went into steps.
 """
@@ -18,16 +16,16 @@ LOST = ("compile", "data", "evaluation", "checkpoint")
 
 
 class Clock:
-  """Tells the time of steps from the time lost to everything else."""
+  """Measures the time of steps, and the time lost to everything else."""
 
   def __init__(
     self, *, step_tokens: int, flops_per_token: float | int, peak: tuple[float, str] | None
   ):
-    """Starts.
+    """Starts the clock.
 
     Args:
-      step_tokens: of all devices, padding included.
-      peak: FLOP/s of all devices together, and its name (`hardware.peak`).
+      step_tokens: tokens per step on all devices, including padding.
+      peak: FLOP/s of all devices together, and their name (`hardware.peak`); None if unknown.
     """
     self._step_tokens = step_tokens
     self._flops_per_token = flops_per_token
@@ -39,7 +37,7 @@ class Clock:
 
   @contextlib.contextmanager
   def lost_to(self, cause: str) -> Iterator[None]:
-    """Counts the time within as lost to one of `LOST`."""
+    """Counts the time in the context as lost to one of `LOST`."""
     began = time.perf_counter()
     try:
       yield
@@ -49,16 +47,16 @@ class Clock:
       self._lost_since_mark += seconds
 
   def step_done(self) -> None:
-    """Ends a step: the time since the last one, less what was lost meanwhile, was this one's."""
+    """Ends a step: it took the time since the last one, less the time lost in between."""
     now = time.perf_counter()
     self._steps.append(now - self._mark - self._lost_since_mark)
     self._mark, self._lost_since_mark = now, 0.0
 
   def summary(self, last_steps: int | None = None) -> dict[str, Any]:
-    """Speed of the last steps (None: all), and where the time went since the start.
+    """Returns the speed of the last steps (None: all), and the time lost since the start.
 
-    `step_seconds` are the 10th, 50th and 90th percentiles; `lost` are shares of the time. `mfu` is
-    None where no peak is known.
+    `step_seconds` are the 10th, 50th and 90th percentiles; `lost` holds shares of the time. `mfu`
+    is None if no peak is known.
     """
     steps = np.array(self._steps[-last_steps:] if last_steps else self._steps)
     seconds = time.perf_counter() - self._began
@@ -75,7 +73,7 @@ class Clock:
     return found
 
   def line(self) -> str:
-    """The summary of all steps in words; empty if there were none."""
+    """Returns the summary of all steps in words; empty if there were none."""
     if not self._steps:
       return ""
     found = self.summary()

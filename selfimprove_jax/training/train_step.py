@@ -1,6 +1,7 @@
-"""The training state, made in its shards, and the step: pure functions of their arguments."""
+"""The training state, created in its shards, and the train step: pure functions."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,24 +9,26 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from selfimprove_jax import partitioning, xla_options
-from selfimprove_jax.models.llama import Llama, output_head
-from selfimprove_jax.models.params import init_params
-from selfimprove_jax.training import losses
+from selfimprove_jax.models.llama import Llama, init_params
+from selfimprove_jax.runtime import partitioning, xla_options
+from selfimprove_jax.training.losses import Loss, target_weights
 from selfimprove_jax.training.optimizer import SkipSpikesState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a run carries from step to step; the data's state is `step` too.
+  """What a run carries from step to step; the data depends on `step` alone.
 
-  The same tree holds the shardings of such a state, or its shapes.
+  The same tree is also used to hold the shardings of such a state, or its shapes.
 
   Attributes:
     step: number of updates made.
-    params: float32 parameters.
+    params: parameters, in `param_dtype`.
     opt_state: optax's state for them.
   """
 
@@ -34,31 +37,108 @@ class TrainState:
   opt_state: Any
 
 
-def state_shardings(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Where every leaf of the state lives.
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  key: jax.Array,
+  *,
+  loss: Loss,
+  tx: optax.GradientTransformationExtraArgs,
+  learning_rate: optax.Schedule,
+  accumulation_steps: int,
+) -> tuple[TrainState, Metrics]:
+  """Makes one update from a batch of packed rows.
 
-  The optimizer's moments are sharded like the parameters they belong to: left to itself, jit would
-  replicate them. A leaf of the optimizer's state belongs to the parameter whose path its own path
-  ends with; what belongs to none (step counts) is replicated.
+  Args:
+    batch: has `loss_mask`; the loss gets it with `weights`, which sum to 1 over the targets of the
+      whole batch. So micro-batches add up to the batch's update, however unevenly targets fall.
+    key: folded with the step for the loss's dropout.
+
+  Returns:
+    the new state, and the loss's metrics next to `loss` (nats per target token for the next-token
+    loss), `grad_norm` (before clipping), `tokens` (targets), `learning_rate`, and, if `tx` skips
+    spikes, `skipped` (updates skipped so far).
   """
-  boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
-  params = partitioning.param_shardings(boxed, mesh)
-  by_path = {_keys(path): sharding for path, sharding in jax.tree.leaves_with_path(params)}
-  abstract_opt_state = jax.eval_shape(tx.init, nn.unbox(boxed))
+  num_tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
+  batch = {**batch, "weights": target_weights(batch["loss_mask"])}
+  # The step's number determines its key, so a resumed run draws the same dropout.
+  key = jax.random.fold_in(key, state.step)
+  gradient = jax.value_and_grad(loss, has_aux=True)
+  if accumulation_steps == 1:
+    (value, metrics), grads = gradient(state.params, batch, key)
+  else:
+    (value, metrics), grads = _accumulate(gradient, state.params, batch, key, accumulation_steps)
+  # Only `skip_spikes` reads the loss; other optimizers ignore it.
+  updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=value)
+  params = optax.apply_updates(state.params, updates)
+  metrics = metrics | {
+    "loss": value,
+    "grad_norm": optax.global_norm(grads),  # before `tx` clips it
+    "tokens": num_tokens,
+    "learning_rate": learning_rate(state.step),
+  }
+  if isinstance(opt_state, SkipSpikesState):
+    metrics["skipped"] = opt_state.num_skipped
+  return TrainState(state.step + 1, params, opt_state), metrics
 
-  def sharding(path, _):
-    keys = _keys(path)
-    for start in range(len(keys)):
-      if keys[start:] in by_path:
-        return by_path[keys[start:]]
-    return partitioning.replicated(mesh)
 
-  opt_state = jax.tree.map_with_path(sharding, abstract_opt_state)
-  return TrainState(partitioning.replicated(mesh), params, opt_state)
+def _accumulate(
+  gradient: Callable[..., Any], params: Any, batch: Batch, key: jax.Array, steps: int
+) -> Any:
+  """Sums losses, metrics and gradients over micro-batches."""
+  # Strided, so that every micro-batch has rows on every device: row i goes to micro-batch
+  # i % steps, while devices hold blocks of consecutive rows.
+  parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, steps, *x.shape[1:]), 1, 0), batch)
+
+  def add(total: Any, part_and_index: Any) -> tuple[Any, None]:
+    part, index = part_and_index
+    result = gradient(params, part, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, result), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(gradient, params, first, key)
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  total, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(steps)))
+  return total
 
 
-def _keys(path):
-  return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+def make_train_step(
+  loss: Loss,
+  model: Llama,
+  tx: optax.GradientTransformationExtraArgs,
+  learning_rate: optax.Schedule,
+  mesh: Mesh,
+  *,
+  accumulation_steps: int = 1,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns the jitted `train_step(state, batch, key)`, which donates the state.
+
+  Call or lower it with `mesh` in scope (`jax.set_mesh`).
+  """
+  shardings = state_shardings(model, tx, mesh)
+  replicated = partitioning.replicated(mesh)
+
+  def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+    with partitioning.axis_rules():
+      return train_step(
+        state,
+        batch,
+        key,
+        loss=loss,
+        tx=tx,
+        learning_rate=learning_rate,
+        accumulation_steps=accumulation_steps,
+      )
+
+  return jax.jit(
+    step,
+    in_shardings=(shardings, partitioning.batch_sharding(mesh), replicated),
+    # Fixed, so that the next step takes the state without a reshard.
+    out_shardings=(shardings, replicated),
+    # The new state takes the old one's buffers; otherwise two states would have to fit.
+    donate_argnums=0,
+    compiler_options=xla_options.for_platform(mesh.devices.flat[0].platform),
+  )
 
 
 def init_state(
@@ -69,7 +149,7 @@ def init_state(
   key: jax.Array,
   params: Any = None,
 ) -> TrainState:
-  """The state before the first step, each leaf made where it lives.
+  """Creates the state before the first step, each leaf on the devices that hold it.
 
   Args:
     params: start from a copy of these (already sharded on `mesh`) instead of from `key`.
@@ -86,9 +166,9 @@ def init_state(
 
 
 def abstract_state(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state, with nothing allocated."""
+  """Returns shapes, dtypes and shardings of the state; allocates nothing."""
 
-  def make(key):
+  def make(key: jax.Array) -> TrainState:
     params = nn.unbox(init_params(model, key))
     return TrainState(jnp.int32(0), params, tx.init(params))
 
@@ -99,126 +179,26 @@ def abstract_state(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -
   )
 
 
-def train_step(
-  state: TrainState,
-  batch: dict[str, jax.Array],
-  dropout_key: jax.Array,
-  *,
-  model: Llama,
-  tx: optax.GradientTransformationExtraArgs,
-  learning_rate: optax.Schedule,
-  accumulation_steps: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update from a batch of packed rows.
+def state_shardings(model: Llama, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """Returns the sharding of every leaf of the state.
 
-  With `accumulation_steps` above 1 the batch is taken in that many parts, and gradients are
-  weighted by target tokens, so that the update is that of the whole batch however unevenly the
-  targets fall. Metrics: `loss` (nats per target token), `grad_norm` (before clipping), `tokens`
-  (targets), `learning_rate`, and `skipped` (updates left out so far) if `tx` skips spikes.
-
-  Raises:
-    ValueError: the batch does not divide into `accumulation_steps` parts.
+  The optimizer's moments are sharded like their parameters; jit by itself would replicate them.
+  optax nests a copy of the parameters' tree in its state, so a leaf there belongs to the parameter
+  whose path is the end of its own path. Leaves of no parameter (step counts) are replicated.
   """
-  num_rows = len(batch["tokens"])
-  if num_rows % accumulation_steps:
-    raise ValueError(
-      f"a batch of {num_rows} rows does not divide into {accumulation_steps} accumulation_steps"
-    )
-  num_tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
-  batch = {**batch, "weights": losses.target_weights(batch["loss_mask"])}
-  key = jax.random.fold_in(dropout_key, state.step)
+  boxed = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+  params = partitioning.param_shardings(boxed, mesh)
+  by_path = {_keys(path): sharding for path, sharding in jax.tree.leaves_with_path(params)}
+  abstract_opt_state = jax.eval_shape(tx.init, nn.unbox(boxed))
 
-  def loss_fn(params, part, part_key):
-    hidden_BTD, _ = model.apply(
-      {"params": params},
-      part["tokens"],
-      part["positions"],
-      part["segment_ids"],
-      deterministic=model.c.dropout_rate == 0.0,
-      logits=False,
-      rngs={"dropout": part_key},
-    )
-    return losses.weighted_loss(hidden_BTD, output_head(params), part["tokens"], part["weights"])
+  def sharding(path: Any, _: Any) -> NamedSharding:
+    keys = _keys(path)
+    ends = (keys[start:] for start in range(len(keys)))
+    return next((by_path[end] for end in ends if end in by_path), partitioning.replicated(mesh))
 
-  gradient = jax.value_and_grad(loss_fn)
-  if accumulation_steps == 1:
-    loss, grads = gradient(state.params, batch, key)
-  else:
-    # Strided, so that every device has rows of every part.
-    parts = jax.tree.map(
-      lambda x: jnp.moveaxis(x.reshape(-1, accumulation_steps, *x.shape[1:]), 1, 0), batch
-    )
-
-    def accumulate(total, part_and_index):
-      part, index = part_and_index
-      result = gradient(state.params, part, jax.random.fold_in(key, index))
-      return jax.tree.map(jnp.add, total, result), None
-
-    zeros = jax.tree.map(jnp.zeros_like, (num_tokens, state.params))
-    (loss, grads), _ = jax.lax.scan(accumulate, zeros, (parts, jnp.arange(accumulation_steps)))
-
-  updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
-  params = optax.apply_updates(state.params, updates)
-  metrics = {
-    "loss": loss,
-    "grad_norm": optax.global_norm(grads),
-    "tokens": num_tokens,
-    "learning_rate": learning_rate(state.step),
-  }
-  if isinstance(opt_state, SkipSpikesState):
-    metrics["skipped"] = opt_state.num_skipped
-  return TrainState(state.step + 1, params, opt_state), metrics
+  opt_state = jax.tree.map_with_path(sharding, abstract_opt_state)
+  return TrainState(partitioning.replicated(mesh), params, opt_state)
 
 
-def jit_train_step(
-  model: Llama,
-  tx: optax.GradientTransformationExtraArgs,
-  learning_rate: optax.Schedule,
-  mesh: Mesh,
-  *,
-  accumulation_steps: int,
-):
-  """`train_step` of `(state, batch, dropout_key)` jitted for a mesh; the state is donated.
-
-  To be called or lowered with `mesh` in scope (`jax.set_mesh`).
-  """
-  shardings = state_shardings(model, tx, mesh)
-  replicated = partitioning.replicated(mesh)
-
-  def step(state, batch, dropout_key):
-    with partitioning.axis_rules():
-      return train_step(
-        state,
-        batch,
-        dropout_key,
-        model=model,
-        tx=tx,
-        learning_rate=learning_rate,
-        accumulation_steps=accumulation_steps,
-      )
-
-  return jax.jit(
-    step,
-    in_shardings=(shardings, partitioning.batch_sharding(mesh), replicated),
-    out_shardings=(shardings, replicated),
-    donate_argnums=0,
-    compiler_options=xla_options.for_platform(mesh.devices.flat[0].platform),
-  )
-
-
-def make_train_step(
-  model: Llama,
-  tx: optax.GradientTransformationExtraArgs,
-  learning_rate: optax.Schedule,
-  mesh: Mesh,
-  *,
-  accumulation_steps: int,
-):
-  """`jit_train_step` to be called from anywhere."""
-  jitted = jit_train_step(model, tx, learning_rate, mesh, accumulation_steps=accumulation_steps)
-
-  def run(state, batch, dropout_key):
-    with jax.set_mesh(mesh):
-      return jitted(state, batch, dropout_key)
-
-  return run
+def _keys(path: Any) -> tuple[str, ...]:
+  return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))

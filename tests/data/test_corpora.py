@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import sys
 import types
@@ -7,6 +8,14 @@ import pytest
 import zstandard
 
 from selfimprove_jax.data import corpora
+from selfimprove_jax.data.corpora import (
+  DocstringsConfig,
+  HuggingFaceConfig,
+  JsonlConfig,
+  SourceConfig,
+  TextFolderConfig,
+)
+from selfimprove_jax.runtime.config import parse, section
 
 
 def _lines(*records):
@@ -14,7 +23,7 @@ def _lines(*records):
 
 
 def test_the_docstrings_of_a_package_have_names_without_paths():
-  documents = list(corpora.read_corpus("docstrings", packages=["numpy"], min_chars=400))
+  documents = list(corpora.read_documents(DocstringsConfig(packages=("numpy",), min_chars=400)))
   by_id = {document.id: document for document in documents}
   norm = by_id["numpy/linalg/_linalg.py:norm"]
   assert norm.group == "numpy/linalg/_linalg.py"
@@ -28,10 +37,9 @@ def test_the_docstrings_of_a_package_have_names_without_paths():
 
 
 def test_the_standard_library_is_a_package():
-  documents = corpora.docstrings(["stdlib"], min_chars=2000, max_chars=3000)
-  lengths = [len(document.text) for document in documents]
-  assert lengths
-  assert min(lengths) >= 2000 and max(lengths) <= 3000
+  config = DocstringsConfig(packages=("stdlib",), min_chars=2000, max_chars=3000)
+  lengths = [len(document.text) for document in itertools.islice(corpora.docstrings(config), 5)]
+  assert len(lengths) == 5 and min(lengths) >= 2000 and max(lengths) <= 3000
 
 
 def test_docstrings_are_found_where_definitions_nest(tmp_path, monkeypatch):
@@ -66,7 +74,7 @@ def surrogate(): """Half \\ud800."""
 '''
   )
   monkeypatch.syspath_prepend(tmp_path)
-  documents = list(corpora.docstrings(["odd_package"], min_chars=1))
+  documents = list(corpora.docstrings(DocstringsConfig(packages=("odd_package",), min_chars=1)))
   assert [(document.id, document.text) for document in documents] == [
     ("odd_package/latin.py:__doc__", "Café."),
     ("odd_package/module.py:__doc__", "Module."),
@@ -80,7 +88,7 @@ def surrogate(): """Half \\ud800."""
 
 def test_a_missing_package_is_named():
   with pytest.raises(corpora.CorpusError, match="'no_such_package' is not installed"):
-    list(corpora.docstrings(["no_such_package"]))
+    list(corpora.docstrings(DocstringsConfig(packages=("no_such_package",))))
 
 
 def test_without_packages_all_that_is_installed_is_read():
@@ -99,12 +107,12 @@ def test_jsonl_is_read_in_order_of_path_and_line(tmp_path, suffix):
   tmp_path.joinpath(f"2.jsonl{suffix}").write_bytes(second)
   tmp_path.joinpath(f"1.jsonl{suffix}").write_bytes(first)
   pattern = str(tmp_path / f"*.jsonl{suffix}")
-  assert list(corpora.read_corpus("jsonl", paths=pattern, group_field="book")) == [
+  assert list(corpora.read_documents(JsonlConfig(paths=(pattern,), group_field="book"))) == [
     corpora.Document("a", "x", "one"),
     corpora.Document("b", "y", "two\nlines"),
     corpora.Document("3", "x", "é"),
   ]
-  by_line = list(corpora.jsonl(pattern, id_field=None))
+  by_line = list(corpora.jsonl(JsonlConfig(paths=(pattern,), id_field=None)))
   assert [d.id for d in by_line] == [
     f"{name}.jsonl{suffix}:{n}" for name, n in ((1, 1), (1, 3), (2, 1))
   ]
@@ -128,9 +136,9 @@ def test_a_bad_line_is_named_by_file_and_number_and_can_be_skipped(tmp_path, lin
   path.write_bytes(_lines({"id": 7, "text": "a"}) + line + b"\n" + _lines({"id": 8, "text": "b"}))
   where = rf"bad\.jsonl, line 2: .*{fault}"
   with pytest.raises(corpora.CorpusError, match=where):
-    list(corpora.read_corpus("jsonl", paths=str(path)))
+    list(corpora.read_documents(JsonlConfig(paths=(str(path),))))
   rejected = []
-  read = corpora.read_corpus("jsonl", paths=str(path), on_error="skip", on_rejected=rejected.append)
+  read = corpora.read_documents(JsonlConfig(paths=(str(path),)), on_bad=rejected.append)
   assert [document.id for document in read] == ["7", "8"]
   assert len(rejected) == 1
   with pytest.raises(corpora.CorpusError, match=where):
@@ -142,15 +150,16 @@ def test_a_compressed_file_cut_short_is_named(tmp_path, suffix):
   data = _lines(*({"id": i, "text": "some text " * 20} for i in range(9000)))
   whole = gzip.compress(data) if suffix == ".gz" else zstandard.ZstdCompressor().compress(data)
   tmp_path.joinpath(f"cut.jsonl{suffix}").write_bytes(whole[:-10])
+  config = JsonlConfig(paths=(str(tmp_path / f"cut.jsonl{suffix}"),), id_field=None)
   with pytest.raises(corpora.CorpusError, match=rf"cut.jsonl{suffix}, .*cannot be decompressed"):
-    list(corpora.jsonl(str(tmp_path / f"cut.jsonl{suffix}"), id_field=None))
+    list(corpora.jsonl(config))
 
 
 def test_no_matching_file_is_an_error(tmp_path):
   with pytest.raises(corpora.CorpusError, match="no file matches"):
-    list(corpora.jsonl(str(tmp_path / "*.jsonl")))
+    list(corpora.jsonl(JsonlConfig(paths=(str(tmp_path / "*.jsonl"),))))
   with pytest.raises(corpora.CorpusError, match="matches"):
-    list(corpora.text_folder(str(tmp_path)))
+    list(corpora.text_folder(TextFolderConfig(folder=str(tmp_path))))
 
 
 def test_a_text_folder_groups_by_folder_and_names_what_is_not_utf8(tmp_path):
@@ -159,47 +168,54 @@ def test_a_text_folder_groups_by_folder_and_names_what_is_not_utf8(tmp_path):
   tmp_path.joinpath("a.txt").write_text("one", encoding="utf-8")
   tmp_path.joinpath("b", "bad.txt").write_bytes(b"abc\xff")
   rejected = []
-  read = corpora.read_corpus(
-    "text_folder", folder=str(tmp_path), on_error="skip", on_rejected=rejected.append
-  )
+  read = corpora.read_documents(TextFolderConfig(folder=str(tmp_path)), on_bad=rejected.append)
   assert list(read) == [
     corpora.Document("a.txt", ".", "one"),
     corpora.Document("b/c/2.txt", "b/c", "two"),
   ]
   assert len(rejected) == 1 and "bad.txt: not UTF-8 at byte 3" in rejected[0]
   with pytest.raises(corpora.CorpusError, match="byte 3"):
-    list(corpora.text_folder(str(tmp_path)))
+    list(corpora.text_folder(TextFolderConfig(folder=str(tmp_path))))
 
 
 def test_hugging_face_needs_its_package_and_streams_a_split(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(corpora.CorpusError, match="hub"):
-    list(corpora.read_corpus("huggingface", name="a/b"))
+    list(corpora.read_documents(HuggingFaceConfig(name="a/b")))
 
   def load_dataset(name, config_name, *, split, streaming):
     assert (name, config_name, split, streaming) == ("a/b", "en", "dev", True)
     return iter([{"body": "one"}, {"body": None}])
 
   monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-  read = corpora.huggingface("a/b", split="dev", text_field="body", config_name="en")
+  config = HuggingFaceConfig(name="a/b", split="dev", text_field="body", config_name="en")
+  read = corpora.huggingface(config)
   assert next(read) == corpora.Document("a/b:dev:0", "a/b:dev:0", "one")
   with pytest.raises(corpora.CorpusError, match="a/b, split dev, record 1"):
     next(read)
 
 
-def test_wrong_options_are_refused():
-  with pytest.raises(ValueError, match=r"known are .*docstrings"):
-    corpora.read_corpus("docstring")
-  with pytest.raises(ValueError, match="on_rejected"):
-    corpora.read_corpus("jsonl", paths="x", on_error="skip")
-  with pytest.raises(ValueError, match="'raise' or 'skip'"):
-    corpora.read_corpus("jsonl", paths="x", on_error="ignore")
-  with pytest.raises(TypeError, match="text_feild"):
-    corpora.read_corpus("jsonl", paths="x", text_feild="text")
+@section
+class _Corpus:
+  source: SourceConfig
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"kind": "docstring"}, "docstrings.*jsonl.*text_folder.*huggingface"),
+    ({"kind": "jsonl", "paths": ["x"], "text_feild": "a"}, "did you mean 'text_field'"),
+    ({"kind": "jsonl", "paths": []}, "paths=.*at least 1 item"),
+    ({"kind": "text_folder"}, "folder: is missing"),
+  ],
+)
+def test_wrong_options_are_refused(values, message):
+  with pytest.raises(ValueError, match=message):
+    parse(_Corpus, {"source": values})
 
 
 def test_a_real_textbook_corpus_is_read(real_data):
   path = str(real_data / "corpora" / "openstax.jsonl.gz")
-  documents = list(corpora.jsonl(path, group_field="book"))
+  documents = list(corpora.jsonl(JsonlConfig(paths=(path,), group_field="book")))
   assert len(documents) == 2552
   assert len({document.group for document in documents}) == 16

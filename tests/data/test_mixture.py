@@ -61,7 +61,7 @@ def test_a_component_too_small_for_its_share_is_refused_before_training(make_sou
     _component("real", make_source("real", 20)),
     _component("synthetic", make_source("synthetic", 39), 2.0, repeat=False),
   ]
-  with pytest.raises(ValueError, match=r"'synthetic' is smaller .* need 40 .* are 39.*repeat"):
+  with pytest.raises(ValueError, match=r"'synthetic' is smaller .* need 40 .* it has 39.*repeat"):
     mixture.Mixture(components, batch_size=6, num_steps=10, seed=0)
 
 
@@ -86,7 +86,7 @@ def test_shares_follow_the_weights_all_along(make_source, weights):
 
 
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_the_global_batch_is_the_same_for_any_number_of_hosts(make_source, process_count):
+def test_the_global_batch_is_the_same_for_any_number_of_processes(make_source, process_count):
   components = [
     _component("a", make_source("a", 7)),
     _component("b", make_source("b", 50, first_token=100), 3.0, repeat=False),
@@ -97,10 +97,10 @@ def test_the_global_batch_is_the_same_for_any_number_of_hosts(make_source, proce
       components, batch_size=8, num_steps=8, seed=1, process_index=index, process_count=count
     )
 
-  hosts = [make(index, process_count) for index in range(process_count)]
+  processes = [make(index, process_count) for index in range(process_count)]
   for step in range(8):
     alone = make(0, 1).batch(step)
-    parts = [host.batch(step) for host in hosts]
+    parts = [process.batch(step) for process in processes]
     for name, array in alone.items():
       np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), array)
 
@@ -255,7 +255,7 @@ def test_wrong_mixtures_are_refused(make_source):
   options = dict(batch_size=4, num_steps=2, seed=0)
   with pytest.raises(ValueError, match="each with its own name"):
     mixture.Mixture([a, a], **options)
-  with pytest.raises(ValueError, match="there must be some"):
+  with pytest.raises(ValueError, match="give at least one"):
     mixture.Mixture([], **options)
   with pytest.raises(ValueError, match="weight 0"):
     mixture.Mixture([a, _component("b", a.source, 0.0)], **options)
@@ -263,7 +263,7 @@ def test_wrong_mixtures_are_refused(make_source):
     mixture.Mixture([a, _component("b", make_source("b", 9, seq_len=8))], **options)
   with pytest.raises(ValueError, match="has no rows"):
     mixture.Mixture([_component("b", make_source("c", 0))], **options)
-  with pytest.raises(ValueError, match="divide over 3 hosts"):
+  with pytest.raises(ValueError, match="divide over 3 processes"):
     mixture.Mixture([a], process_count=3, **options)
   with pytest.raises(IndexError, match="step 2 of a mixture of 2"):
     mixture.Mixture([a], **options).batch(2)

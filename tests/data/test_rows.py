@@ -6,8 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from selfimprove_jax import artifacts
 from selfimprove_jax.data import packing, rows
+from selfimprove_jax.runs import artifacts
 
 
 def _packed(num, seq_len=16, seed=0):
@@ -41,12 +41,11 @@ def test_rows_come_back_by_index_over_files(tmp_path):
       source[index]
 
 
-def test_counts_need_no_scan(tmp_path):
+def test_written_counts_are_those_of_the_rows(tmp_path):
   packed = _packed(40)
   counts = rows.write_rows(tmp_path / "a", packed)
-  source = rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=16)
-  assert source.num_tokens == sum(int((row["segment_ids"] > 0).sum()) for row in packed)
-  assert source.num_targets == sum(int(row["loss_mask"].sum()) for row in packed)
+  assert counts["tokens"] == sum(int((row["segment_ids"] > 0).sum()) for row in packed)
+  assert counts["targets"] == sum(int(row["loss_mask"].sum()) for row in packed)
   assert counts["records"] * 16 == counts["tokens"] + counts["padding"]
 
 
@@ -79,7 +78,7 @@ def test_a_pickled_source_reads_on(tmp_path):
 def test_another_row_length_is_refused(tmp_path):
   counts = rows.write_rows(tmp_path / "a", _packed(5))
   source = rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=32)
-  with pytest.raises(ValueError, match="rows of 16 tokens; 32 were asked for"):
+  with pytest.raises(ValueError, match="rows of 16 tokens, not of 32"):
     source[0]
   with pytest.raises(ValueError, match="rows of 16 and of 32"):
     rows.write_rows(tmp_path / "b", [*_packed(1), *_packed(1, seq_len=32)])
@@ -88,8 +87,8 @@ def test_another_row_length_is_refused(tmp_path):
 @pytest.mark.parametrize(
   "record, fault",
   [
-    (b"something of another kind", "no packed rows of version 2"),
-    (b"abc", "no packed rows of version 2"),
+    (b"something of another kind", "does not hold packed rows of version 2"),
+    (b"abc", "does not hold packed rows of version 2"),
     (struct.pack("<4sHI", b"SIRW", 1, 16) + bytes(16 * 9), "rows of version 1.*pack them again"),
   ],
 )
@@ -162,7 +161,7 @@ def test_segments_that_could_not_be_read_back_are_refused(tmp_path, name, values
   (row,) = packing.pack(examples, seq_len=5, pad_id=0)
   rows.write_rows(tmp_path / "a", [row])
   row[name] = np.array(values, np.int32)
-  with pytest.raises(ValueError, match="cannot be stored: segments are numbered 1, 2"):
+  with pytest.raises(ValueError, match="cannot be stored: segments must be numbered 1, 2"):
     rows.write_rows(tmp_path / "a", [row])
 
 
@@ -179,7 +178,9 @@ def test_a_truncated_file_is_never_read(tmp_path, kept):
   whole = (tmp_path / "a").read_bytes()
   cut = int(len(whole) * kept) if isinstance(kept, float) else kept
   pathlib.Path(tmp_path / "a").write_bytes(whole[:cut])
-  with pytest.raises(artifacts.ArtifactError, match="damaged: 0 rows can be read"):
+  with pytest.raises(
+    artifacts.ArtifactError, match="damaged: 0 of the 1617 rows written can be read"
+  ):
     rows.RowSource([tmp_path / "a"], counts=[counts], seq_len=64)[0]
 
 

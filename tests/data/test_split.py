@@ -1,16 +1,16 @@
 import collections
+import dataclasses
 import itertools
 import json
 
 import pytest
 
-from selfimprove_jax import artifacts
 from selfimprove_jax.data import corpora, shingles, split
+from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runtime.config import parse, to_json
 
-_OPTIONS = dict(
-  source="the test",
+_CONFIG = split.SplitConfig(
   num_shards=3,
-  seed=0,
   validation_fraction=0.2,
   test_fraction=0.2,
   max_passage_chars=200,
@@ -33,36 +33,41 @@ def _documents(num_groups=40, per_group=3):
   ]
 
 
+def _write(documents, writer, folder, *, seed=0, **changes):
+  config = dataclasses.replace(_CONFIG, **changes)
+  options = dict(seed=seed, source="the test", scratch=folder / "tmp")
+  return split.write_split(documents, writer, config, **options)
+
+
 def _split(folder, documents, **options):
-  """({role: records}, summary), read back from the artefact."""
-  options = _OPTIONS | options
+  """Returns ({split: records}, summary), read back from the artifact."""
   writer = artifacts.Writer(folder / "out", config={}, inputs={})
-  artifact = writer.finish(split.write_split(documents, writer, scratch=folder / "tmp", **options))
-  by_role = collections.defaultdict(list)
+  artifact = writer.finish(_write(documents, writer, folder, **options))
+  by_split = collections.defaultdict(list)
   for name in sorted(artifact.shards):
-    by_role[name.partition("-")[0]] += artifact.read_jsonl(name)
-  return by_role, artifact.summary
+    by_split[name.partition("-")[0]] += artifact.read_jsonl(name)
+  return by_split, artifact.summary
 
 
 def _bytes(folder):
   return {path.name: path.read_bytes() for path in sorted((folder / "out").iterdir())}
 
 
-def test_every_passage_goes_to_one_role_and_groups_stay_whole(tmp_path):
+def test_every_passage_goes_to_one_split_and_groups_stay_whole(tmp_path):
   documents = _documents()
-  by_role, summary = _split(tmp_path, documents)
-  ids = [record["id"] for role in by_role.values() for record in role]
+  by_split, summary = _split(tmp_path, documents)
+  ids = [record["id"] for name in by_split.values() for record in name]
   assert sorted(ids) == sorted(document.id for document in documents)
-  groups = {role: {r["group"] for r in records} for role, records in by_role.items()}
+  groups = {name: {r["group"] for r in records} for name, records in by_split.items()}
   assert not groups["train"] & groups["test"] and not groups["train"] & groups["validation"]
   assert not groups["validation"] & groups["test"]
-  assert summary["groups"] == {role: len(groups[role]) for role in split.ROLES}
-  assert summary["passages"] == {role: len(by_role[role]) for role in split.ROLES}
-  assert summary["characters"]["test"] == sum(len(r["text"]) for r in by_role["test"])
+  assert summary["groups"] == {name: len(groups[name]) for name in split.SPLITS}
+  assert summary["passages"] == {name: len(by_split[name]) for name in split.SPLITS}
+  assert summary["characters"]["test"] == sum(len(r["text"]) for r in by_split["test"])
   assert 2 <= summary["groups"]["test"] <= 16  # 8 expected of 40
 
 
-def test_the_output_is_the_same_bytes_for_any_order_of_documents_and_number_of_buckets(tmp_path):
+def test_neither_order_of_documents_nor_number_of_buckets_changes_the_bytes(tmp_path):
   first, again = tmp_path / "a", tmp_path / "b"
   copies = [corpora.Document(f"copy{i}", "g", d.text) for i, d in enumerate(_documents())]
   documents = _documents() + copies
@@ -75,7 +80,7 @@ def test_an_unfinished_split_is_finished_with_the_same_bytes(tmp_path):
   whole, torn = tmp_path / "whole", tmp_path / "torn"
   _split(whole, _documents())
   writer = artifacts.Writer(torn / "out", config={}, inputs={})
-  split.write_split(_documents(), writer, scratch=torn / "tmp", **_OPTIONS)
+  _write(_documents(), writer, torn)
   (torn / "out" / "train-00001-of-00003.jsonl").unlink()
   (torn / "tmp" / "split").mkdir()
   (torn / "tmp" / "split" / "left over").write_text("by a crash")
@@ -97,16 +102,16 @@ def test_copies_leave_one_document_whatever_their_white_space(tmp_path):
     corpora.Document(f"copy{i}", f"copygroup{i}", document.text.replace(" ", " \n\t"))
     for i, document in enumerate(documents)
   ]
-  by_role, summary = _split(tmp_path, documents + copies)
+  by_split, summary = _split(tmp_path, documents + copies)
   assert summary["duplicates"] == len(documents)
-  folded = [" ".join(r["text"].split()) for role in by_role.values() for r in role]
+  folded = [" ".join(r["text"].split()) for name in by_split.values() for r in name]
   assert len(folded) == len(set(folded)) == len(documents)
 
 
-def test_held_out_passages_that_share_words_with_other_roles_are_dropped(tmp_path):
+def test_held_out_passages_that_share_words_with_other_splits_are_dropped(tmp_path):
   clean, _ = _split(tmp_path / "clean", _documents())
-  role_of = {r["id"]: role for role, records in clean.items() for r in records}
-  by = {role: [i for i in sorted(role_of) if role_of[i] == role] for role in split.ROLES}
+  split_of = {r["id"]: name for name, records in clean.items() for r in records}
+  by = {name: [i for i in sorted(split_of) if split_of[i] == name] for name in split.SPLITS}
   shared = {  # the same five words in these documents
     by["train"][0]: "one two three four five",
     by["test"][0]: "ONE two, three four five!",
@@ -119,10 +124,10 @@ def test_held_out_passages_that_share_words_with_other_roles_are_dropped(tmp_pat
     corpora.Document(d.id, d.group, f"{d.text} {shared.get(d.id, '')}".strip())
     for d in _documents()
   ]
-  by_role, summary = _split(tmp_path / "leaky", documents)
-  left = {r["id"] for records in by_role.values() for r in records}
+  by_split, summary = _split(tmp_path / "leaky", documents)
+  left = {r["id"] for records in by_split.values() for r in records}
   dropped = {by["test"][0], by["validation"][0], by["validation"][2]}
-  assert set(role_of) - left == dropped
+  assert set(split_of) - left == dropped
   assert summary["dropped_leaking"] == {"validation": 2, "test": 1}
   assert summary["dropped_leaking_share"]["validation"] == 2 / len(by["validation"])
 
@@ -133,11 +138,11 @@ def test_a_passage_shorter_than_a_shingle_is_compared_whole(tmp_path):
     corpora.Document(f"e{i}", f"h{i}", f"same three {'words' + '!' * i} ......................")
     for i in range(60)
   ]
-  by_role, summary = _split(tmp_path, documents)
-  assert any("same three" in record["text"] for record in by_role["train"])
-  for role in ("validation", "test"):
-    assert summary["dropped_leaking"][role] > 0
-    assert not any("same three" in record["text"] for record in by_role[role])
+  by_split, summary = _split(tmp_path, documents)
+  assert any("same three" in record["text"] for record in by_split["train"])
+  for name in ("validation", "test"):
+    assert summary["dropped_leaking"][name] > 0
+    assert not any("same three" in record["text"] for record in by_split[name])
 
 
 def test_passages_keep_the_words_and_the_bounds_and_their_documents_id(tmp_path):
@@ -145,8 +150,8 @@ def test_passages_keep_the_words_and_the_bounds_and_their_documents_id(tmp_path)
     corpora.Document(f"d{i}", f"g{i}", "\n\n".join(_text(f"d{i}p{p}", 9) for p in range(i % 9 + 1)))
     for i in range(40)
   ]
-  by_role, summary = _split(tmp_path, documents)
-  passages = {r["id"]: r["text"] for records in by_role.values() for r in records}
+  by_split, summary = _split(tmp_path, documents)
+  passages = {r["id"]: r["text"] for records in by_split.values() for r in records}
   assert summary["dropped_short"] == 0
   for document in documents:
     if document.id in passages:
@@ -171,17 +176,17 @@ def test_documents_too_short_for_a_passage_are_counted(tmp_path):
 
 
 def test_order_by_group_keeps_groups_together_in_their_order(tmp_path):
-  by_role, _ = _split(tmp_path, _documents(), order="group")
-  groups = [group for group, _ in itertools.groupby(by_role["train"], key=lambda r: r["group"])]
+  by_split, _ = _split(tmp_path, _documents(), order="group")
+  groups = [group for group, _ in itertools.groupby(by_split["train"], key=lambda r: r["group"])]
   assert len(groups) == len(set(groups))
   assert groups != sorted(groups)
-  ids = [r["id"] for r in by_role["train"] if r["group"] == groups[0]]
+  ids = [r["id"] for r in by_split["train"] if r["group"] == groups[0]]
   assert ids == [f"{groups[0]}/d{d}" for d in range(3)]
 
 
 def test_order_by_document_spreads_groups(tmp_path):
-  by_role, _ = _split(tmp_path, _documents())
-  groups = [record["group"] for record in by_role["train"]]
+  by_split, _ = _split(tmp_path, _documents())
+  groups = [record["group"] for record in by_split["train"]]
   assert len(list(itertools.groupby(groups))) > len(set(groups)) * 2
 
 
@@ -196,9 +201,9 @@ def test_shards_have_equal_parts_of_one_order(tmp_path):
   assert sum(sizes) == summary["passages"]["train"] and max(sizes) - min(sizes) <= 1
 
 
-def test_a_role_of_no_share_is_left_out(tmp_path):
-  by_role, summary = _split(tmp_path, _documents(), validation_fraction=0.0)
-  assert set(by_role) == {"train", "test"}
+def test_a_split_of_no_share_is_left_out(tmp_path):
+  by_split, summary = _split(tmp_path, _documents(), validation_fraction=0.0)
+  assert set(by_split) == {"train", "test"}
   assert summary["groups"]["validation"] == 0
 
 
@@ -211,12 +216,20 @@ def test_what_cannot_be_split_is_refused(tmp_path):
     _split(tmp_path / "c", _documents(2), test_fraction=0.999, validation_fraction=0.0)
   with pytest.raises(ValueError, match="two documents of the test have the id 'g0/d0'"):
     _split(tmp_path / "d", [*_documents(), corpora.Document("g0/d0", "other", "x" * 50)])
-  with pytest.raises(ValueError, match="below 1 in all"):
-    _split(tmp_path / "e", _documents(), test_fraction=0.9)
-  with pytest.raises(ValueError, match="at least twice"):
-    _split(tmp_path / "f", _documents(), max_passage_chars=30)
-  with pytest.raises(ValueError, match="'document' or 'group'"):
-    _split(tmp_path / "g", _documents(), order="random")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"test_fraction": 0.9}, "their sum must be below 1"),
+    ({"max_passage_chars": 30}, "must be at least twice min_passage_chars=20"),
+    ({"order": "random"}, "order='random': .*'document' or 'group'"),
+    ({"num_shards": 0}, "num_shards=0: .*greater than or equal to 1"),
+  ],
+)
+def test_a_config_that_can_not_be_split_by_is_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    parse(split.SplitConfig, to_json(_CONFIG) | changes)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +251,12 @@ def test_texts_are_cut_at_the_best_place_in_reach(text, passages):
   assert split.cut_passages(text, max_chars=12, min_chars=4) == passages
 
 
+@pytest.mark.slow
 def test_held_out_textbook_passages_share_no_run_of_ten_words_with_training(real_data, tmp_path):
   path = str(real_data / "corpora" / "openstax.jsonl.gz")
-  documents = [d for d in corpora.jsonl(path, group_field="id") if d.id.startswith("physics/")]
-  by_role, summary = _split(
+  source = corpora.JsonlConfig(paths=(path,), group_field="id")
+  documents = [d for d in corpora.jsonl(source) if d.id.startswith("physics/")]
+  by_split, summary = _split(
     tmp_path,
     documents,
     max_passage_chars=1500,
@@ -251,8 +266,8 @@ def test_held_out_textbook_passages_share_no_run_of_ten_words_with_training(real
     test_fraction=0.1,
   )
   found = {
-    role: set().union(*(shingles.word_shingles(r["text"], 10) for r in by_role[role]))
-    for role in split.ROLES
+    name: set().union(*(shingles.word_shingles(r["text"], 10) for r in by_split[name]))
+    for name in split.SPLITS
   }
   assert summary["dropped_leaking"]["test"] > 0
   assert not found["train"] & (found["validation"] | found["test"])

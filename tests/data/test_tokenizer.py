@@ -1,9 +1,11 @@
+import json
 import pickle
 
 import pytest
 import tokenizers
 
 from selfimprove_jax.data import tokenizer as tokenizer_lib
+from selfimprove_jax.data.tokenizer import SpecialTokens
 
 _TEXTS = [
   "the cat sat on the mat, the cat!",
@@ -54,18 +56,20 @@ def test_training_again_gives_the_same_files(ours, tmp_path):
     assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_on_real_text_again_gives_the_same_tokenizer(real_data):
   from selfimprove_jax.data import corpora
 
-  path = str(real_data / "corpora" / "rust.jsonl.gz")
-  texts = [document.text for document in corpora.jsonl(path)]
+  config = corpora.JsonlConfig(paths=(str(real_data / "corpora" / "rust.jsonl.gz"),))
+  texts = [document.text for document in corpora.jsonl(config)]
   first, again = (tokenizer_lib.train_bpe(texts, vocab_size=1024) for _ in range(2))
   assert first.backend.to_str() == again.backend.to_str()
 
 
 def test_a_saved_tokenizer_keeps_which_token_is_which(tmp_path, ours):
   ours.save(tmp_path / "a")
-  renamed = tokenizer_lib.load_tokenizer(tmp_path / "a", sep_token="<|eos|>", pad_token="<|fill|>")
+  tokens = SpecialTokens(sep_token="<|eos|>", pad_token="<|fill|>")
+  renamed = tokenizer_lib.load_tokenizer(tmp_path / "a", tokens)
   assert renamed.pad_id == 300 and renamed.vocab_size == 301
   renamed.save(tmp_path / "b")
   loaded = tokenizer_lib.load_tokenizer(tmp_path / "b")
@@ -73,21 +77,21 @@ def test_a_saved_tokenizer_keeps_which_token_is_which(tmp_path, ours):
 
 
 def test_a_vocabulary_without_room_for_merges_is_refused():
-  with pytest.raises(ValueError, match="vocab_size is 260"):
+  with pytest.raises(ValueError, match="vocab_size=260 must be above 260"):
     tokenizer_lib.train_bpe(_TEXTS, vocab_size=260)
 
 
 def test_a_token_of_ordinary_text_cannot_be_special(tmp_path, ours):
   ours.save(tmp_path)
-  with pytest.raises(ValueError, match="sep_token 'a' is a token that text"):
-    tokenizer_lib.load_tokenizer(tmp_path, sep_token="a")
+  with pytest.raises(ValueError, match="sep_token='a' is a token that ordinary text"):
+    tokenizer_lib.load_tokenizer(tmp_path, SpecialTokens(sep_token="a"))
 
 
 def test_a_missing_special_token_says_which_option_to_set(tmp_path):
   path = tmp_path / "tokenizer.json"
   tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, [])).save(str(path))
   with pytest.raises(ValueError, match=r"defines no eos_token, pad_token: .*eos_token='<\|eos\|>'"):
-    tokenizer_lib.load_tokenizer(path, bos_token="a", sep_token="b")
+    tokenizer_lib.load_tokenizer(path, SpecialTokens(bos_token="a", sep_token="b"))
 
 
 def test_a_hugging_face_folder_is_read_with_its_own_special_tokens(tmp_path, ours):
@@ -101,7 +105,7 @@ def test_a_hugging_face_folder_is_read_with_its_own_special_tokens(tmp_path, our
     tokenizer_object=backend, bos_token="<|sep|>", eos_token="<|eos|>", pad_token="<|pad|>"
   )
   theirs.save_pretrained(tmp_path)
-  loaded = tokenizer_lib.load_tokenizer(tmp_path, sep_token="<|pair|>")
+  loaded = tokenizer_lib.load_tokenizer(tmp_path, SpecialTokens(sep_token="<|pair|>"))
   assert (loaded.bos_id, loaded.eos_id, loaded.sep_id, loaded.pad_id) == (2, 3, 300, 0)
   assert loaded.encode("the cat sat") == ours.encode("the cat sat")  # no BOS
 
@@ -127,19 +131,30 @@ def test_a_saved_tokenizer_is_read_by_transformers(tmp_path, ours):
 
 def test_gpt2_tokenizes_as_it_is_known_to(real_data):
   end = "<|endoftext|>"
-  gpt2 = tokenizer_lib.load_tokenizer(
-    real_data / "models" / "gpt2_tokenizer",
-    bos_token=end,
-    eos_token=end,
-    sep_token="<|sep|>",
-    pad_token=end,
-  )
+  folder = real_data / "models" / "gpt2_tokenizer"
+  tokens = SpecialTokens(bos_token=end, eos_token=end, sep_token="<|sep|>", pad_token=end)
+  gpt2 = tokenizer_lib.load_tokenizer(folder, tokens)
   assert gpt2.encode("Hello world") == [15496, 995]
   assert (gpt2.bos_id, gpt2.eos_id, gpt2.sep_id, gpt2.vocab_size) == (50256, 50256, 50257, 50258)
   for text in ("Grüße 😀👩‍🚀", "  a\n\n\tb", f"not {end} an end"):
     assert gpt2.decode(gpt2.encode(text)) == text
     assert 50256 not in gpt2.encode(text)
   with pytest.raises(ValueError, match="defines no sep_token"):
-    tokenizer_lib.load_tokenizer(
-      real_data / "models" / "gpt2_tokenizer", bos_token=end, eos_token=end, pad_token=end
-    )
+    tokenizer_lib.load_tokenizer(folder, SpecialTokens(bos_token=end, eos_token=end, pad_token=end))
+
+
+def test_a_default_stands_for_the_special_tokens_that_are_not_defined(ours):
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "<end>": 2}, []))
+  made = tokenizer_lib.make_tokenizer(backend, {"eos_token": "<end>"}, name="m", default="<end>")
+  assert (made.bos_id, made.sep_id, made.pad_id, made.eos_id) == (2, 2, 2, 2)
+  assert made.encode("a<end>") == [0]  # its characters are no tokens of this vocabulary
+
+
+@pytest.mark.parametrize("class_name", ["PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_code_of_a_checkpoint_is_never_run(class_name, ours, tmp_path):
+  ours.save(tmp_path)
+  (tmp_path / "evil.py").write_text("raise SystemExit('code of the checkpoint was run')")
+  config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  config |= {"tokenizer_class": class_name, "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  assert tokenizer_lib.load_tokenizer(tmp_path).encode("the cat") == ours.encode("the cat")

@@ -1,3 +1,5 @@
+"""Losses of packed rows against documents scored alone."""
+
 import dataclasses
 import functools
 
@@ -7,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfimprove_jax import partitioning
 from selfimprove_jax.data import packing, rows, tokenizer
 from selfimprove_jax.evaluation import perplexity
 from selfimprove_jax.models import llama
-from selfimprove_jax.models.params import init_params
+from selfimprove_jax.models.llama import init_params
+from selfimprove_jax.runtime import partitioning
 
 TEXTS = ["A café.", "x", "One two three, four.", "日本", "The last one is the longest of them."]
 SEQ_LEN = 48

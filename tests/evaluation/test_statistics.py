@@ -1,3 +1,5 @@
+"""Estimates against known truths and drawn samples."""
+
 import json
 
 import numpy as np

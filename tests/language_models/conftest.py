@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server on a free port that does whatever a test tells it to."""
+"""An OpenAI-compatible server on a free port whose behavior a test sets."""
 
 import dataclasses
 import http.server
@@ -13,16 +13,15 @@ import pytest
 from selfimprove_jax.language_models import TextRequest
 from selfimprove_jax.language_models.chat_api import Prices
 from selfimprove_jax.language_models.endpoint import Endpoint
+from selfimprove_jax.language_models.openai_client import Limits, Retries, Timeouts
 from selfimprove_jax.language_models.store import CallStore
-from selfimprove_jax.language_models.throttle import Limits
-from selfimprove_jax.language_models.transport import Retries, Timeouts
 
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-  """What reached the server."""
+  """A request that reached the server."""
 
   number: int
   path: str
@@ -32,13 +31,13 @@ class Call:
 
   @property
   def asked(self) -> str:
-    """What the last message says, or the bare prompt."""
+    """The content of the last message, or the prompt."""
     return self.body["prompt"] if "prompt" in self.body else self.body["messages"][-1]["content"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-  """What the server sends: after `wait` seconds, and of the body only the first `cut` bytes."""
+  """A response: sent after `wait` seconds, and cut to its first `cut` bytes."""
 
   body: Any
   status: int = 200
@@ -48,7 +47,7 @@ class Said:
 
 
 def say(text: str, *, tokens=(10, 5), reason="stop", **options) -> Said:
-  """An answer as a chat or a completion."""
+  """A response that is valid for chats and for completions."""
   choice = {"index": 0, "message": {"role": "assistant", "content": text}, "text": text}
   body = {"id": "x", "choices": [choice | {"finish_reason": reason}]}
   if tokens is not None:
@@ -57,7 +56,7 @@ def say(text: str, *, tokens=(10, 5), reason="stop", **options) -> Said:
 
 
 class Server:
-  """Counts what it is asked; `behave` says what it does."""
+  """Records its calls; `behave` maps a call to its response."""
 
   def __init__(self):
     self.calls: list[Call] = []
@@ -141,7 +140,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def make_model(server, store):
-  """An endpoint at the server, impatient and without a key; arguments change that."""
+  """Makes endpoints at the server, with short timeouts and no key by default."""
   models = []
 
   def make(**options) -> Endpoint:
@@ -163,7 +162,7 @@ def make_model(server, store):
 
 @pytest.fixture
 def ask():
-  """A request of one message."""
+  """Makes requests of one message."""
 
   def make(text: str = "hello", **options) -> TextRequest:
     settings = {"max_tokens": 100, "id": text}
@@ -174,7 +173,7 @@ def ask():
 
 @pytest.fixture
 def said():
-  """Makes what the server says; called without a text, the raw form."""
+  """Makes responses from a raw body."""
   return Said
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from selfimprove_jax.language_models import TextRequest, batch
 from selfimprove_jax.language_models.chat_api import Prices
+from selfimprove_jax.language_models.openai_client import Limits
 from selfimprove_jax.language_models.store import BudgetError, CallStore
-from selfimprove_jax.language_models.throttle import Limits
 
 HALF = Prices(input_per_million=0.5, output_per_million=1.0)
 
@@ -78,7 +78,7 @@ def _lines(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_files_hold_what_is_asked_once_and_not_what_is_there(make_model, ask, tmp_path):
+def test_files_hold_new_requests_once(make_model, ask, tmp_path):
   model = make_model()
   list(model.generate([ask("old")]))
   folder = tmp_path / "batch"
@@ -96,7 +96,7 @@ def test_files_hold_what_is_asked_once_and_not_what_is_there(make_model, ask, tm
   ]
 
 
-def test_files_are_no_longer_than_allowed(make_model, ask, tmp_path):
+def test_files_respect_their_limits(make_model, ask, tmp_path):
   model = make_model()
   asked = [ask(str(i)) for i in range(10)]
   files = batch.write_requests(tmp_path / "a", asked, model=model, max_requests=4)
@@ -108,7 +108,7 @@ def test_files_are_no_longer_than_allowed(make_model, ask, tmp_path):
     batch.write_requests(tmp_path / "c", asked, model=model, max_bytes=10)
 
 
-def test_results_put_there_by_hand_are_read_and_the_rest_is_reported(
+def test_results_placed_by_hand_are_read_and_faults_reported(
   server, make_model, ask, says, store, tmp_path
 ):
   model = make_model()
@@ -133,7 +133,7 @@ def test_results_put_there_by_hand_are_read_and_the_rest_is_reported(
   assert len(server.calls) == 3
 
 
-def test_a_batch_is_uploaded_waited_for_and_read(batch_server, server, make_model, ask, tmp_path):
+def test_a_batch_is_uploaded_polled_and_stored(batch_server, server, make_model, ask, tmp_path):
   model = make_model()
   asked = [ask(str(i)) for i in range(6)]
   batch.write_requests(tmp_path, asked, model=model, max_requests=3)
@@ -163,7 +163,7 @@ def test_a_batch_is_uploaded_waited_for_and_read(batch_server, server, make_mode
   assert len(server.calls) == num
 
 
-def test_what_a_batch_left_undone_is_reported_and_asked_live(
+def test_requests_that_a_batch_failed_are_reported_and_asked_live(
   batch_server, make_model, ask, tmp_path
 ):
   model = make_model()
@@ -177,9 +177,7 @@ def test_what_a_batch_left_undone_is_reported_and_asked_live(
   assert [reply.text for reply in model.generate(asked)] == ["batched", "1!", "2!"]
 
 
-def test_a_batch_that_failed_as_a_whole_gives_its_money_back(
-  batch_server, make_model, ask, tmp_path
-):
+def test_a_failed_batch_releases_its_reserved_dollars(batch_server, make_model, ask, tmp_path):
   model = make_model()
   batch.write_requests(tmp_path, [ask("a")], model=model)
   batch.submit(tmp_path, model=model, prices=HALF)
@@ -189,15 +187,13 @@ def test_a_batch_that_failed_as_a_whole_gives_its_money_back(
   assert model.store.totals().uncertain_calls == 0
 
 
-def test_a_batch_whose_number_was_lost_is_not_started_twice(
-  batch_server, make_model, ask, tmp_path
-):
+def test_a_batch_whose_id_was_lost_is_not_started_twice(batch_server, make_model, ask, tmp_path):
   model = make_model()
   batch.write_requests(tmp_path, [ask("a")], model=model)
   batch_server.lose_next_batch = True  # within a run: the answer never arrives
   batch.submit(tmp_path, model=model, prices=HALF)
   assert len(batch_server.batches) == 1
-  # Of a run that was killed before it wrote the number down.
+  # The state of a run that was killed before it stored the batch's id.
   state = json.loads((tmp_path / "00000.batch.json").read_text())
   (tmp_path / "00000.batch.json").write_text(json.dumps(state | {"batch_id": None}))
   batch.submit(tmp_path, model=model, prices=HALF)
@@ -205,7 +201,7 @@ def test_a_batch_whose_number_was_lost_is_not_started_twice(
   assert batch.collect(tmp_path, model=model, prices=HALF).num_stored == 1
 
 
-def test_no_more_batches_than_allowed_are_under_way(batch_server, make_model, ask, tmp_path):
+def test_active_batches_are_bounded(batch_server, make_model, ask, tmp_path):
   model = make_model()
   asked = [ask(str(i)) for i in range(5)]
   batch.write_requests(tmp_path, asked, model=model, max_requests=1)
@@ -217,7 +213,7 @@ def test_no_more_batches_than_allowed_are_under_way(batch_server, make_model, as
   assert len(batch_server.batches) == 4
 
 
-def test_a_batch_that_may_pass_the_cap_is_not_sent(batch_server, make_model, ask, tmp_path):
+def test_a_batch_that_may_exceed_the_cap_is_not_sent(batch_server, make_model, ask, tmp_path):
   store = CallStore(tmp_path / "capped.sqlite", max_usd=1e-4)
   model = make_model(store=store, limits=Limits())
   batch.write_requests(tmp_path / "b", [ask(str(i)) for i in range(3)], model=model)

@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from selfimprove_jax.language_models.chat_api import Prices
+from selfimprove_jax.language_models.openai_client import Limits
 from selfimprove_jax.language_models.protocol import Usage
 from selfimprove_jax.language_models.store import Answer, BudgetError, CallStore
-from selfimprove_jax.language_models.throttle import Limits
 
 ANSWER = Answer("text", "stop", Usage(10, 5), 0.25)
 CHILD = """
@@ -20,7 +20,7 @@ from selfimprove_jax.language_models import TextRequest
 from selfimprove_jax.language_models.chat_api import Prices
 from selfimprove_jax.language_models.endpoint import Endpoint
 from selfimprove_jax.language_models.store import CallStore
-from selfimprove_jax.language_models.throttle import Limits
+from selfimprove_jax.language_models.openai_client import Limits
 
 url, path, num, concurrent = sys.argv[1:]
 model = Endpoint(
@@ -34,7 +34,7 @@ for reply in model.generate(requests):
 """
 
 
-def test_an_answer_is_found_again_by_another_process_of_the_same_file(tmp_path):
+def test_a_reopened_store_finds_its_answers(tmp_path):
   store = CallStore(tmp_path / "calls.sqlite", max_usd=1.0)
   call = store.begin("k", model="m", most_usd=0.5)
   assert store.find("k") is None
@@ -48,19 +48,19 @@ def test_an_answer_is_found_again_by_another_process_of_the_same_file(tmp_path):
   again.close()
 
 
-def test_of_two_answers_to_one_key_the_first_is_kept_and_both_are_paid_for(store):
+def test_the_first_of_two_answers_is_kept_and_both_are_paid_for(store):
   calls = [store.begin("k", model="m", most_usd=0.5) for _ in range(2)]
   store.paid(calls[0], ANSWER)
   assert store.paid(calls[1], Answer("other", "stop", Usage(1, 1), 0.25)).text == "text"
   assert store.totals().paid_usd == 0.5
 
 
-def test_the_cap_counts_what_is_spent_and_the_most_that_is_under_way(tmp_path):
+def test_the_cap_counts_spent_and_reserved_dollars(tmp_path):
   store = CallStore(tmp_path / "calls.sqlite", max_usd=1.0)
   first = store.begin("a", model="m", most_usd=0.6)
   with pytest.raises(BudgetError, match="cap of 1 USD") as error:
     store.begin("b", model="m", most_usd=0.5)
-  assert error.value.calls_under_way
+  assert error.value.calls_in_flight
   store.paid(first, ANSWER)
   second = store.begin("b", model="m", most_usd=0.75)
   store.not_billed(second)
@@ -68,7 +68,7 @@ def test_the_cap_counts_what_is_spent_and_the_most_that_is_under_way(tmp_path):
   store.lost(third)
   with pytest.raises(BudgetError) as error:
     store.begin("d", model="m", most_usd=1e-9)
-  assert not error.value.calls_under_way
+  assert not error.value.calls_in_flight
   assert (store.totals().paid_usd, store.totals().uncertain_usd) == (0.25, 0.75)
   store.close()
   # A call of a process that was killed stays too, and a higher cap makes room.
@@ -115,7 +115,7 @@ def test_many_threads_of_two_stores_never_pass_the_cap(tmp_path):
     store.close()
 
 
-def test_a_request_is_paid_once_however_often_it_is_asked(server, make_model, ask, says, store):
+def test_a_repeated_request_is_paid_for_once(server, make_model, ask, says, store):
   server.behave = lambda call: says("well", wait=0.05)
   model = make_model()
   replies = list(model.generate(ask("same", id=str(i)) for i in range(20)))
@@ -132,7 +132,8 @@ def test_a_request_is_paid_once_however_often_it_is_asked(server, make_model, as
   assert len(server.calls) == 5
 
 
-def test_a_killed_run_loses_nothing_it_was_given_and_pays_for_no_answer_twice(
+@pytest.mark.slow  # a real process, killed
+def test_a_killed_run_loses_no_answer_and_pays_for_none_twice(
   server, make_model, says, store, ask, tmp_path
 ):
   num, concurrent = 60, 4
@@ -154,7 +155,7 @@ def test_a_killed_run_loses_nothing_it_was_given_and_pays_for_no_answer_twice(
   counts = collections.Counter(call.asked for call in server.calls)
   twice = {asked for asked, count in counts.items() if count > 1}
   assert not twice & set(handed_on)
-  # Only what was under way when it died can have been paid for unseen, and the ledger says so.
+  # Only calls in flight when it died can have been paid for unseen, and the ledger says so.
   totals = store.totals()
   assert len(twice) <= totals.uncertain_calls <= concurrent
   assert totals.paid_calls == num and sum(r.cached for r in replies) == kept
@@ -162,7 +163,7 @@ def test_a_killed_run_loses_nothing_it_was_given_and_pays_for_no_answer_twice(
   assert totals.paid_usd + totals.uncertain_usd >= len(server.calls) * 20e-6
 
 
-def test_the_hard_cap_is_never_passed_and_what_was_paid_is_kept(
+def test_the_hard_cap_is_never_exceeded_and_paid_answers_are_kept(
   server, make_model, ask, says, tmp_path
 ):
   # Prompts of 1 token a byte at most and completions of 100 tokens at 2 USD a million.
@@ -188,9 +189,7 @@ def test_the_hard_cap_is_never_passed_and_what_was_paid_is_kept(
   more.close()
 
 
-def test_a_call_that_does_not_fit_waits_for_those_under_way(
-  server, make_model, ask, says, tmp_path
-):
+def test_a_call_over_budget_waits_for_calls_in_flight(server, make_model, ask, says, tmp_path):
   server.behave = lambda call: says("x", tokens=(1, 1), wait=0.1)
   store = CallStore(tmp_path / "capped.sqlite", max_usd=0.0003)  # one at a time fits
   model = make_model(store=store)
@@ -200,7 +199,7 @@ def test_a_call_that_does_not_fit_waits_for_those_under_way(
   store.close()
 
 
-def test_calls_whose_answer_is_lost_count_at_the_most_they_may_cost(
+def test_lost_answers_count_at_their_highest_possible_price(
   server, make_model, ask, said, says, store
 ):
   server.behave = lambda call: {
@@ -218,7 +217,7 @@ def test_calls_whose_answer_is_lost_count_at_the_most_they_may_cost(
   assert (totals.paid_calls, totals.paid_usd) == (1, 20e-6)
 
 
-def test_tokens_are_counted_here_where_the_endpoint_does_not_say(
+def test_tokens_are_estimated_if_the_endpoint_reports_no_usage(
   server, make_model, ask, says, store
 ):
   server.behave = lambda call: says("eight characters", tokens=None)
@@ -228,7 +227,7 @@ def test_tokens_are_counted_here_where_the_endpoint_does_not_say(
   assert store.totals().estimated_calls == 1
 
 
-def test_the_estimate_leaves_out_what_is_there_and_what_is_asked_twice(server, make_model, ask):
+def test_the_estimate_excludes_cached_requests_and_duplicates(server, make_model, ask):
   model = make_model(count_tokens=len, prices=Prices(2.0, 10.0))
   list(model.generate([ask("old")]))
   estimate = model.estimate([ask("old"), ask("new"), ask("new"), ask("also")])
@@ -240,7 +239,7 @@ def test_the_estimate_leaves_out_what_is_there_and_what_is_asked_twice(server, m
   assert len(server.calls) == 1
 
 
-def test_threads_that_ask_the_same_at_once_wait_for_one_call(server, make_model, ask, says):
+def test_identical_requests_of_several_threads_share_one_call(server, make_model, ask, says):
   server.behave = lambda call: says("well", wait=0.1)
   model = make_model()
   threads = [threading.Thread(target=lambda: list(model.generate([ask()]))) for _ in range(8)]

@@ -1,7 +1,7 @@
 import pytest
 
 from selfimprove_jax.language_models import TextRequest, structured
-from selfimprove_jax.language_models.throttle import Limits
+from selfimprove_jax.language_models.openai_client import Limits
 
 SCHEMA = {
   "type": "object",
@@ -23,7 +23,7 @@ VALUE = {"name": "Ada", "age": 36}
     f"[sic] {GOOD}",
   ],
 )
-def test_a_value_is_found_with_words_around_it(text, ask):
+def test_a_value_is_found_in_prose(text, ask):
   assert structured.read(ask(json_schema=SCHEMA), text) == (VALUE, None)
 
 
@@ -37,7 +37,7 @@ def test_a_value_is_found_with_words_around_it(text, ask):
     ('{"name": "Ada", "age": -1}', "at $.age: -1 is less than the minimum of 0"),
   ],
 )
-def test_what_is_wrong_is_said(text, problem, ask):
+def test_problems_are_named(text, problem, ask):
   value, said = structured.read(ask(json_schema=SCHEMA), text)
   assert value is None and problem in said
 
@@ -52,7 +52,7 @@ def test_another_choice_is_a_problem(ask):
     assert structured.read(ask(choices=["yes", "no"]), text)[0] is None
 
 
-def test_the_endpoint_is_asked_to_keep_to_the_schema(server, make_model, ask, says):
+def test_the_schema_is_sent_as_the_response_format(server, make_model, ask, says):
   server.behave = lambda call: says(GOOD)
   [reply] = make_model().generate([ask(json_schema=SCHEMA)])
   assert (reply.parsed, reply.text, reply.error) == (VALUE, GOOD, None)
@@ -60,7 +60,9 @@ def test_the_endpoint_is_asked_to_keep_to_the_schema(server, make_model, ask, sa
   assert form["type"] == "json_schema" and form["json_schema"]["schema"] == SCHEMA
 
 
-def test_an_endpoint_that_takes_no_schemas_is_told_in_words(server, make_model, ask, says, said):
+def test_an_endpoint_without_schemas_gets_the_schema_in_the_prompt(
+  server, make_model, ask, says, said
+):
   refusal = said({"error": "unknown field"}, status=400)
   server.behave = lambda call: refusal if "response_format" in call.body else says(GOOD)
   model = make_model(limits=Limits(max_concurrent=1))
@@ -69,14 +71,12 @@ def test_an_endpoint_that_takes_no_schemas_is_told_in_words(server, make_model, 
   assert '"minimum": 0' in server.calls[1].asked and server.calls[1].asked.startswith("0\n")
   assert len(server.calls) == 1 + 3  # the refusal is remembered
   assert len({call.headers["idempotency-key"] for call in server.calls}) == 4
-  # What is in the store does not depend on how it was asked.
+  # A stored answer does not depend on how it was asked for.
   [again] = make_model().generate([ask("0", json_schema=SCHEMA)])
   assert again.cached and len(server.calls) == 4
 
 
-def test_a_request_that_is_refused_for_another_reason_is_no_sign_against_schemas(
-  server, make_model, ask, says, said
-):
+def test_a_refusal_for_another_reason_does_not_disable_schemas(server, make_model, ask, says, said):
   refusal = said({"error": "too long"}, status=400)
   server.behave = lambda call: refusal if call.asked.startswith("bad") else says(GOOD)
   model = make_model(limits=Limits(max_concurrent=1))
@@ -85,7 +85,7 @@ def test_a_request_that_is_refused_for_another_reason_is_no_sign_against_schemas
   assert "response_format" in server.calls[-1].body
 
 
-def test_a_reply_that_is_not_valid_is_repaired_in_another_turn(server, make_model, ask, says):
+def test_an_invalid_reply_is_repaired_in_another_turn(server, make_model, ask, says):
   bad = '{"name": "Ada"}'
   server.behave = lambda call: says(bad if call.number == 0 else GOOD)
   model = make_model()
@@ -99,7 +99,7 @@ def test_a_reply_that_is_not_valid_is_repaired_in_another_turn(server, make_mode
   assert again.cached and again.parsed == VALUE and len(server.calls) == 2
 
 
-def test_a_repair_that_fails_leaves_what_was_said_and_paid(server, make_model, ask, says, said):
+def test_a_failed_repair_keeps_the_paid_reply(server, make_model, ask, says, said):
   server.behave = lambda call: says("no") if call.number == 0 else said({}, status=500)
   [reply] = make_model().generate([ask(json_schema=SCHEMA)])
   assert (reply.text, reply.cost_usd, reply.parsed) == ("no", 20e-6, None)
@@ -119,7 +119,7 @@ def test_a_reply_cut_at_its_length_is_not_repaired(server, make_model, ask, says
   assert "cut at max_tokens=100" in reply.error and len(server.calls) == 1
 
 
-def test_a_choice_is_given_as_it_is(server, make_model, ask, says):
+def test_a_choice_is_returned_without_its_object(server, make_model, ask, says):
   server.behave = lambda call: says('{"choice": "no"}')
   [reply] = make_model().generate([ask(choices=["yes", "no"])])
   assert reply.parsed == "no"
@@ -127,14 +127,12 @@ def test_a_choice_is_given_as_it_is(server, make_model, ask, says):
   assert schema["properties"]["choice"]["enum"] == ["yes", "no"]
 
 
-def test_what_is_no_schema_and_a_schema_for_a_bare_text_fail_that_request_alone(
-  server, make_model, ask
-):
+def test_an_invalid_schema_or_a_schema_for_a_text_fails_alone(server, make_model, ask):
   requests = [
     ask(json_schema={"type": "thing"}),
     TextRequest(prompt="once", max_tokens=3, json_schema=SCHEMA),
     ask("fine"),
   ]
   replies = list(make_model().generate(requests))
-  assert "no JSON schema" in replies[0].error and "bare text" in replies[1].error
+  assert "not a JSON schema" in replies[0].error and "bare text" in replies[1].error
   assert replies[2].text == "fine!" and len(server.calls) == 1

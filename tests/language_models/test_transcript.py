@@ -1,6 +1,6 @@
 import pytest
 
-from selfimprove_jax.language_models import LanguageModel
+from selfimprove_jax.language_models import LanguageModel, Score, ScoreRequest
 from selfimprove_jax.language_models.transcript import (
   NotInTranscriptError,
   RecordingModel,
@@ -8,7 +8,7 @@ from selfimprove_jax.language_models.transcript import (
 )
 
 
-def test_what_was_recorded_is_played_again_in_any_order(make_model, server, ask, said, tmp_path):
+def test_recorded_replies_are_replayed_in_any_order(make_model, server, ask, said, tmp_path):
   bad = said({"error": "no"}, status=400)
   behave = server.behave
   server.behave = lambda call: bad if call.asked == "bad" else behave(call)
@@ -26,7 +26,44 @@ def test_what_was_recorded_is_played_again_in_any_order(make_model, server, ask,
   played.close()
 
 
-def test_recording_goes_on_after_what_is_there(make_model, ask, tmp_path):
+class Scorer:
+  """A model that scores; the log-probability is minus the length of the continuation."""
+
+  name = "scorer"
+
+  def generate(self, requests):
+    raise NotImplementedError
+
+  def score(self, requests):
+    for request in requests:
+      if request.context == "bad":
+        yield Score.failed(request, "no")
+      else:
+        length = len(request.continuation)
+        yield Score(id=request.id, logprob=-float(length), num_tokens=length, is_greedy=False)
+
+  def close(self):
+    pass
+
+
+def test_scores_are_recorded_and_replayed(tmp_path):
+  recorder = RecordingModel(Scorer(), tmp_path / "t.jsonl")
+  requests = [
+    ScoreRequest(context="a", continuation="bb", id="1"),
+    ScoreRequest(context=[1, 2], continuation=[3], id="2"),
+    ScoreRequest(context="bad", continuation="b"),
+  ]
+  recorded = list(recorder.score(iter(requests)))
+  recorder.close()
+  played = TranscriptModel(tmp_path / "t.jsonl")
+  assert list(played.score(requests[1::-1])) == recorded[1::-1]
+  [failed] = played.score(requests[2:])
+  assert failed.error == "no"
+  with pytest.raises(NotInTranscriptError, match="request '1' is not in"):
+    list(played.score([ScoreRequest(context="a", continuation="b", id="1")]))
+
+
+def test_recording_appends_to_the_file(make_model, ask, tmp_path):
   for text in ("a", "b"):
     recorder = RecordingModel(make_model(), tmp_path / "t.jsonl")
     list(recorder.generate([ask(text)]))
@@ -35,7 +72,7 @@ def test_recording_goes_on_after_what_is_there(make_model, ask, tmp_path):
   assert [reply.text for reply in played.generate([ask("a"), ask("b")])] == ["a!", "b!"]
 
 
-def test_a_reply_is_in_the_file_before_it_is_handed_on(make_model, ask, tmp_path):
+def test_a_reply_is_written_before_it_is_yielded(make_model, ask, tmp_path):
   recorder = RecordingModel(make_model(), tmp_path / "t.jsonl")
   replies = recorder.generate(ask(str(i)) for i in range(9))
   next(replies)
@@ -55,9 +92,9 @@ def test_a_request_that_was_not_recorded_is_named(change, make_model, ask, tmp_p
 
 
 @pytest.mark.parametrize(
-  ("text", "message"), [("", "holds no record"), ('{"model": "m"}\n', "line 1, is no record")]
+  ("text", "message"), [("", "has no records"), ('{"model": "m"}\n', "line 1, is not a record")]
 )
-def test_a_file_that_is_no_transcript_is_refused(text, message, tmp_path):
+def test_a_file_that_is_not_a_transcript_is_refused(text, message, tmp_path):
   (tmp_path / "t.jsonl").write_text(text)
   with pytest.raises(ValueError, match=message):
     TranscriptModel(tmp_path / "t.jsonl")

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that we read, made by transformers."""
+"""Makes tiny random models of the supported families with transformers."""
 
 import pathlib
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _SHAPE = {
 
 
 def _llama3(factor):
-  # Of a context as short as the tests' rows, so that the scaling shows.
+  # For a context as short as the tests' rows, so that the scaling has an effect.
   return {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -33,7 +33,7 @@ def _default(theta):
   return {"rope_type": "default", "rope_theta": theta}
 
 
-# Name -> architecture, and what its config has beside the shape.
+# Name -> architecture, and the fields of its config other than the shape.
 FAMILIES = {
   "llama-3": ("LlamaForCausalLM", {"rms_norm_eps": 1e-5, "rope_parameters": _default(5e5)}),
   "llama-3.1": ("LlamaForCausalLM", {"rms_norm_eps": 1e-5, "rope_parameters": _llama3(8.0)}),
@@ -69,7 +69,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="session")
 def hf_model(tmp_path_factory) -> Callable[[str], tuple[Any, pathlib.Path]]:
-  """Name of a family -> a model of it with random parameters, and the folder it is saved in."""
+  """Returns a family's model with random parameters, and the folder it is saved in."""
   made: dict[str, tuple[Any, pathlib.Path]] = {}
 
   def make(family: str) -> tuple[Any, pathlib.Path]:
@@ -82,7 +82,7 @@ def hf_model(tmp_path_factory) -> Callable[[str], tuple[Any, pathlib.Path]]:
       torch.manual_seed(len(made))
       model = model_class(model_class.config_class(**{**_SHAPE, **fields})).eval()
       with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too, so that none can go unused
+        for parameter in model.parameters():  # norms and biases too, so that an unused one shows
           parameter.add_(0.2 * torch.randn_like(parameter))
       folder = tmp_path_factory.mktemp(family)
       model.save_pretrained(folder)

@@ -1,6 +1,6 @@
-"""Makes stages of a run, each killed once at every file it is about to write: RUN STAGE STAGE ...
+"""Makes stages of a run, killing each once at every file it is about to write: RUN STAGE STAGE ...
 
-Prints where each was killed before it was done. Not a test; test_resume.py runs it.
+Prints the points at which each stage was killed. A program that test_resume.py runs.
 """
 
 import os
@@ -9,19 +9,18 @@ import signal
 import sys
 import traceback
 
-from selfimprove_jax.pipelines import (  # noqa: F401, imported once, before the forks
-  pair_stages,
-  runner,
-  stages,
-  synthesis_stages,
-  text_stages,
-)
-from selfimprove_jax.progress import Progress
+from selfimprove_jax.pipelines import registry
+from selfimprove_jax.runs import runner
+from selfimprove_jax.runs.stage import Stage, run_stage
+from selfimprove_jax.runtime.config import parse
+from selfimprove_jax.runtime.progress import Progress
 
 
 def main() -> None:
   run_folder, names = pathlib.Path(sys.argv[1]), sys.argv[2:]
-  by_name = {stage.name: stage for stage in runner.build(runner.read_config(run_folder))}
+  values = runner.read_config(run_folder)
+  pipeline = registry.load(values["pipeline"])  # imports everything once, before the forks
+  by_name = {stage.name: stage for stage in pipeline.stages(parse(pipeline.Config, values))}
   for name in names:
     points: list[str] = []
     while point := _killed_at(by_name[name], run_folder, points):
@@ -29,14 +28,14 @@ def main() -> None:
     print(name, *points, flush=True)
 
 
-def _killed_at(stage, run_folder, points) -> str:
-  """Runs the stage up to the first point that is not among `points`; "" if it came to its end."""
+def _killed_at(stage: Stage, run_folder: pathlib.Path, points: list[str]) -> str:
+  """Runs the stage up to the first point that is not in `points`; returns "" if it finished."""
   read, write = os.pipe()
   child = os.fork()
   if child == 0:
     try:
       _die_at_a_new_point(points, write)
-      stages.run_stage(stage, run_folder, Progress(quiet=True))
+      run_stage(stage, run_folder, Progress(quiet=True))
       os._exit(0)
     except BaseException:
       traceback.print_exc()
@@ -51,15 +50,15 @@ def _killed_at(stage, run_folder, points) -> str:
 
 
 def _die_at_a_new_point(points: list[str], pipe: int) -> None:
-  """From here on, this process is killed before it renames a file, or after an important one."""
+  """Kills this process before it renames a file to a new point, or right after important ones."""
   rename = pathlib.Path.replace
 
-  def pass_by(point):
+  def pass_by(point: str) -> None:
     if point not in points:
       os.write(pipe, point.encode())
       os.kill(os.getpid(), signal.SIGKILL)
 
-  def replace(self, target):
+  def replace(self: pathlib.Path, target: pathlib.Path) -> None:
     pass_by(f"before:{target.name}")
     rename(self, target)
     if target.name in ("config.json", "manifest.json"):

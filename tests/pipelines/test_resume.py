@@ -1,5 +1,6 @@
-"""Killed in every stage and started again with the same command, a run ends with the same bytes."""
+"""A run that is killed in every stage and continued ends with the bytes of an uninterrupted one."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 _EARLY = ("documents", "tokenizer", "tokens", "embeddings", "pairs")
 _LATE = ("synthetic/sbp", "synthetic/unconditional", "relevance")
@@ -39,7 +42,7 @@ def _is_well_begun(folder):
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """When a stage is killed: alone with the run, or everything at once; or asked to leave."""
+  """When a stage is killed, and how: "run" is the runner, "all" with its workers, or "sigterm"."""
 
   reached: Callable[[pathlib.Path], bool]
   kill: str = "run"
@@ -60,7 +63,7 @@ _MOMENTS = {
 
 @dataclasses.dataclass
 class Interrupted:
-  """What happened to a run that was killed until it ended."""
+  """What happened to a run that was killed and continued until it ended."""
 
   folder: pathlib.Path
   killed: set[str] = dataclasses.field(default_factory=set)
@@ -72,14 +75,14 @@ class Interrupted:
 
 @pytest.fixture(scope="module")
 def interrupted(smoke, command, subprocess_options, tmp_path_factory) -> Interrupted:
-  """The smoke run from its first training on, each time killed at the next of `_MOMENTS`.
+  """The smoke run from its first training on, killed at each of `_MOMENTS`.
 
-  A stage that is killed well begun, beside the one whose moment it was, needs no other kill.
+  A stage that was well begun when another stage's moment came counts as killed too.
   """
   run = Interrupted(tmp_path_factory.mktemp("interrupted") / "run")
   for name in _EARLY:
     shutil.copytree(smoke.folder / name, run.folder / name)
-  # Programs compiled before a kill are not compiled again. The other run compiled its own.
+  # Programs compiled before a kill are not compiled again; the smoke run does not share them.
   cache = {
     "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -120,7 +123,9 @@ def _is_under_way(folder):
 def _kill(process, moment, run, log):
   under_way = {name for name in _MOMENTS if _is_under_way(run.folder / name)}
   if moment.kill == "all":
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in _processes_in(run.folder):  # each worker is a session of its own
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
   elif moment.kill == "run":
     process.kill()
   else:
@@ -129,7 +134,7 @@ def _kill(process, moment, run, log):
   until = time.monotonic() + 4
   while (alive := _processes_in(run.folder)) and time.monotonic() < until:
     time.sleep(0.05)
-  run.left_alive += alive
+  run.left_alive += alive.values()
   if moment.kill == "sigterm":
     run.sigterm_code, run.sigterm_output = process.returncode, log.read_text()
     return set()
@@ -140,15 +145,15 @@ def _kill(process, moment, run, log):
 
 
 def _processes_in(folder):
-  """Command lines that name the folder (where there is a /proc to read them from)."""
-  found = []
+  """Process id -> command line of the processes that name the folder; needs /proc."""
+  found = {}
   for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
     try:
       line = path.read_bytes()
     except OSError:  # gone since
       continue
     if str(folder).encode() in line:
-      found.append(line.replace(b"\0", b" ").decode())
+      found[int(path.parent.name)] = line.replace(b"\0", b" ").decode()
   return found
 
 

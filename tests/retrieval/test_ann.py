@@ -1,3 +1,5 @@
+"""Neighbors against brute force, across methods, processes and impossible requests."""
+
 import os
 import subprocess
 import sys
@@ -6,6 +8,12 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.retrieval import ann
+from selfimprove_jax.runtime import config
+
+
+def search(database, queries, num_neighbors, **options) -> ann.Neighbors:
+  section = ann.SearchConfig(num_neighbors=num_neighbors, **options)
+  return ann.find_neighbors(database, queries, section)
 
 
 def unit_rows(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -18,9 +26,10 @@ def unit_rows(num_rows: int, dim: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("block", [7, 64, 1000])
-def test_exact_search_equals_sorting_all_inner_products(block):
+def test_exact_search_equals_sorting_all_inner_products(block, monkeypatch):
+  monkeypatch.setattr(ann, "_EXACT_BLOCK", block)
   database, queries = unit_rows(200, 8), unit_rows(50, 8, seed=1)
-  found = ann.exact_neighbors(database, queries, num_neighbors=10, block=block)
+  found = ann.exact_neighbors(database, queries, 10)
   scores = (queries.astype(np.float64) @ database.T.astype(np.float64)).astype(np.float32)
   ids = np.argsort(-scores, axis=1, kind="stable")[:, :10]
   np.testing.assert_array_equal(found.ids_QM, ids)
@@ -28,9 +37,10 @@ def test_exact_search_equals_sorting_all_inner_products(block):
 
 
 @pytest.mark.parametrize("block", [2, 5, 100])
-def test_equal_scores_come_in_the_order_of_their_ids(block):
+def test_equal_scores_come_in_the_order_of_their_ids(block, monkeypatch):
+  monkeypatch.setattr(ann, "_EXACT_BLOCK", block)
   database = np.eye(3, dtype=np.float32)[[1, 0, 1, 2, 0, 0, 1]]
-  found = ann.exact_neighbors(database, database[1:2], num_neighbors=5, block=block)
+  found = ann.exact_neighbors(database, database[1:2], 5)
   np.testing.assert_array_equal(found.ids_QM, [[1, 4, 5, 0, 2]])
   np.testing.assert_array_equal(found.scores_QM, [[1, 1, 1, 0, 0]])
 
@@ -38,23 +48,9 @@ def test_equal_scores_come_in_the_order_of_their_ids(block):
 def test_negative_scores_are_in_order():
   angles = np.array([0.0, 3.0, 2.0, 1.0])
   database = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-  found = ann.exact_neighbors(database, database[:1], num_neighbors=4)
+  found = ann.exact_neighbors(database, database[:1], 4)
   np.testing.assert_array_equal(found.ids_QM, [[0, 3, 2, 1]])
   np.testing.assert_allclose(found.scores_QM, [np.cos([0, 1, 2, 3])], atol=1e-6)
-
-
-def test_merging_shards_gives_the_neighbors_of_the_whole():
-  database, queries = unit_rows(90, 4), unit_rows(20, 4, seed=1)
-  parts = []
-  for first in (0, 30, 60):
-    part = ann.exact_neighbors(database[first : first + 30], queries, num_neighbors=6)
-    parts.append(ann.Neighbors(part.ids_QM + first, part.scores_QM))
-  parts.append(ann.Neighbors(np.full((20, 1), -1), np.full((20, 1), -np.inf, np.float32)))
-  whole = ann.exact_neighbors(database, queries, num_neighbors=6)
-  merged = ann.merge_neighbors(parts[::-1], 6)
-  np.testing.assert_array_equal(merged.ids_QM, whole.ids_QM)
-  np.testing.assert_array_equal(merged.scores_QM, whole.scores_QM)
-  np.testing.assert_array_equal(ann.merge_neighbors(parts, 19).ids_QM[:, -1], -1)
 
 
 def test_bad_rows_are_named():
@@ -63,23 +59,23 @@ def test_bad_rows_are_named():
     broken = rows.copy()
     broken[17, 2] = bad
     with pytest.raises(ValueError, match="row 17 of the database"):
-      ann.find_neighbors(broken, rows, num_neighbors=3)
+      search(broken, rows, 3)
     with pytest.raises(ValueError, match="row 17 of the queries"):
-      ann.find_neighbors(rows, broken, num_neighbors=3)
+      search(rows, broken, 3)
 
 
 def test_a_zero_row_is_allowed_and_is_similar_to_nothing():
   rows = unit_rows(30, 4)
   rows[3] = 0
-  assert (ann.find_neighbors(rows, rows[3:4], num_neighbors=30).scores_QM == 0).all()
+  assert (search(rows, rows[3:4], 30).scores_QM == 0).all()
 
 
 def test_impossible_requests_are_refused():
   rows = unit_rows(5, 4)
-  with pytest.raises(ValueError, match="num_neighbors=6 of a database of 5 rows"):
-    ann.find_neighbors(rows, rows, num_neighbors=6)
+  with pytest.raises(ValueError, match="num_neighbors=6 does not fit a database of 5 rows"):
+    search(rows, rows, 6)
   with pytest.raises(ValueError, match="method='faiss'"):
-    ann.find_neighbors(rows, rows, num_neighbors=2, method="faiss")
+    config.parse(ann.SearchConfig, {"num_neighbors": 2, "method": "faiss"})
 
 
 def test_recall_counts_the_exact_neighbors_that_were_found():
@@ -92,11 +88,11 @@ def test_recall_counts_the_exact_neighbors_that_were_found():
 
 
 def test_scann_finds_what_exact_search_finds():
-  rows = unit_rows(4000, 32)
+  rows = unit_rows(2000, 32)
   rows[7] = 0  # a text without a known word
-  exact = ann.exact_neighbors(rows, rows, num_neighbors=10)
+  exact = ann.exact_neighbors(rows, rows, 10)
   for tree_from, least in ((100_000, 0.97), (1, 0.9)):
-    found = ann.scann_neighbors(rows, rows, num_neighbors=10, tree_from=tree_from)
+    found = search(rows, rows, 10, method="scann", tree_from=tree_from)
     has_text = np.arange(len(rows)) != 7  # all its scores tie
     recall, _ = ann.recall_at_k(
       *(ann.Neighbors(n.ids_QM[has_text], n.scores_QM[has_text]) for n in (found, exact))
@@ -110,7 +106,7 @@ def test_scann_finds_what_exact_search_finds():
 
 def test_places_that_scann_cannot_fill_are_marked():
   rows = unit_rows(300, 16)
-  found = ann.scann_neighbors(rows, rows, num_neighbors=290, tree_from=1, searched_share=0.01)
+  found = search(rows, rows, 290, method="scann", tree_from=1, searched_share=0.01)
   missing = found.ids_QM == ann.NO_NEIGHBOR
   assert missing.any()
   assert (np.diff(missing.astype(int), axis=1) >= 0).all()  # last in each row
@@ -123,11 +119,15 @@ import numpy as np
 from selfimprove_jax.retrieval import ann
 rows = np.load(sys.argv[1])
 for i, tree in enumerate((100_000, 1)):
-  found = ann.scann_neighbors(rows, rows, num_neighbors=10, tree_from=tree, searched_share=0.01)
+  config = ann.SearchConfig(
+    num_neighbors=10, method="scann", tree_from=tree, searched_share=0.01
+  )
+  found = ann.find_neighbors(rows, rows, config)
   np.savez(f"{sys.argv[2]}{i}.npz", ids=found.ids_QM, scores=found.scores_QM)
 """
 
 
+@pytest.mark.slow
 def test_scann_gives_the_same_neighbors_in_two_processes(tmp_path):
   rows = unit_rows(8000, 32)
   np.save(tmp_path / "rows.npy", rows)
@@ -135,9 +135,7 @@ def test_scann_gives_the_same_neighbors_in_two_processes(tmp_path):
   environment = {**os.environ, "PYTHONHASHSEED": "7"}
   subprocess.run(command, env=environment, capture_output=True, check=True)
   for i, tree_from in enumerate((100_000, 1)):
-    here = ann.scann_neighbors(
-      rows, rows, num_neighbors=10, tree_from=tree_from, searched_share=0.01
-    )
+    here = search(rows, rows, 10, method="scann", tree_from=tree_from, searched_share=0.01)
     there = np.load(tmp_path / f"found{i}.npz")
     np.testing.assert_array_equal(here.ids_QM, there["ids"])
     np.testing.assert_array_equal(here.scores_QM, there["scores"])
@@ -146,13 +144,13 @@ def test_scann_gives_the_same_neighbors_in_two_processes(tmp_path):
 def test_method_auto_asks_scann_only_for_large_databases(monkeypatch):
   monkeypatch.setattr(ann, "_import_scann", lambda: pytest.fail("scann was imported"))
   rows = unit_rows(50, 8)
-  ann.find_neighbors(rows, rows, num_neighbors=3, exact_below=51)
+  search(rows, rows, 3, exact_below=51)
   with pytest.raises(pytest.fail.Exception):
-    ann.find_neighbors(rows, rows, num_neighbors=3, exact_below=50)
+    search(rows, rows, 3, exact_below=50)
 
 
 def test_a_missing_scann_says_what_it_needs(monkeypatch):
   monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)
   rows = unit_rows(50, 8)
   with pytest.raises(ImportError, match=r"tensorflow~=2\.20"):
-    ann.find_neighbors(rows, rows, num_neighbors=3, method="scann")
+    search(rows, rows, 3, method="scann")

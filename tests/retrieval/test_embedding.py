@@ -1,3 +1,5 @@
+"""Embedders on small corpora, and embeddings on disk."""
+
 import gzip
 import json
 import os
@@ -9,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfimprove_jax import artifacts
 from selfimprove_jax.retrieval import embedding
+from selfimprove_jax.runs import artifacts
 
 ANIMALS = ["the cat sat on a mat", "a cat and a dog", "the dog sat on the cat", "a dog on a mat"]
 STARS = ["stars shine in galaxies", "galaxies hold bright stars", "bright stars shine"]
@@ -21,13 +23,13 @@ import numpy as np
 from selfimprove_jax.retrieval import embedding
 words = np.random.default_rng(0).zipf(1.2, size=(1500, 60))
 texts = [" ".join(f"w{word}" for word in row) for row in words]
-rows = embedding.tfidf_svd(texts, dim=64, seed=3)
+rows = embedding.TfidfSvd.fit(texts, dim=64, seed=3)(texts)
 print(hashlib.sha256(rows.tobytes()).hexdigest())
 """
 
 
 def test_rows_have_length_one_and_related_texts_are_nearer():
-  rows = embedding.tfidf_svd(ANIMALS + STARS, dim=2, seed=0)
+  rows = embedding.TfidfSvd.fit(ANIMALS + STARS, dim=2, seed=0)(ANIMALS + STARS)
   assert rows.dtype == np.float32
   np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
   assert rows[0] @ rows[2] > 0.9 > 0.1 > abs(rows[0] @ rows[4])
@@ -48,12 +50,13 @@ def test_a_text_without_a_known_word_is_a_zero_row():
 
 def test_a_corpus_too_small_for_the_dimension_is_refused():
   with pytest.raises(ValueError, match="dim=7 needs more than 7 documents; there are 7"):
-    embedding.tfidf_svd(ANIMALS + STARS, dim=7, seed=0)
+    embedding.TfidfSvd.fit(ANIMALS + STARS, dim=7, seed=0)
   with pytest.raises(ValueError, match=r"dim=2 needs more than 2 words .* share 0"):
-    embedding.tfidf_svd(["one", "two", "three"], dim=2, seed=0)
+    embedding.TfidfSvd.fit(["one", "two", "three"], dim=2, seed=0)
 
 
-def test_another_process_with_another_number_of_threads_gives_the_same_bytes():
+@pytest.mark.slow
+def test_another_number_of_threads_gives_the_same_bytes():
   hashes = set()
   for threads in ("1", "2"):
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
@@ -94,10 +97,11 @@ def test_pooling_compiles_once_for_any_number_of_documents():
   assert len(compiled) == 1
 
 
-def test_embeddings_come_back_in_blocks_and_as_the_same_bytes(tmp_path):
+def test_embeddings_come_back_in_blocks_and_as_the_same_bytes(tmp_path, monkeypatch):
+  monkeypatch.setattr(embedding, "_CHUNK_BYTES", 4 * 3 * 4)  # 4 rows
   rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
   for name in ("a", "b"):
-    embedding.write_embeddings(tmp_path / name, rows, chunk_rows=4)
+    embedding.write_embeddings(tmp_path / name, rows)
   store = embedding.open_embeddings(tmp_path / "a")
   np.testing.assert_array_equal(np.asarray(store[3:7]), rows[3:7])
   np.testing.assert_array_equal(np.asarray(store), rows)
@@ -109,7 +113,7 @@ def test_embeddings_come_back_in_blocks_and_as_the_same_bytes(tmp_path):
   assert len([p for p in (tmp_path / "a").rglob("*") if p.is_file()]) == 4  # 3 chunks and zarr.json
 
 
-def test_embeddings_are_a_shard_of_an_artefact(tmp_path):
+def test_embeddings_are_a_shard_of_an_artifact(tmp_path):
   rows = np.eye(5, dtype=np.float32)
   writer = artifacts.Writer(tmp_path / "embeddings", config={}, inputs={})
   with writer.shard("00000-of-00001.zarr") as (path, counts):
@@ -127,7 +131,7 @@ def test_passages_of_a_textbook_are_nearest_to_passages_of_that_book(real_data):
       section = json.loads(line)
       passages.append(section["text"][:1500])
       books.append(section["book"])
-  rows = embedding.tfidf_svd(passages, dim=64, seed=0)
+  rows = embedding.TfidfSvd.fit(passages, dim=64, seed=0)(passages)
   scores = rows @ rows.T
   np.fill_diagonal(scores, -1)
   books = np.array(books)

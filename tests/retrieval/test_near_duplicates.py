@@ -1,3 +1,5 @@
+"""Near-duplicates against comparing all pairs, and LSH against its S-curve."""
+
 import gzip
 import json
 import os
@@ -31,7 +33,7 @@ def some_texts() -> list[str]:
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.6, 0.8])
-def test_what_is_found_is_what_comparing_all_pairs_finds(threshold):
+def test_lsh_finds_what_comparing_all_pairs_finds(threshold):
   texts = some_texts()
   sets = [shingles.word_shingles(text, 3) for text in texts]
   expected = [
@@ -45,7 +47,7 @@ def test_what_is_found_is_what_comparing_all_pairs_finds(threshold):
   assert 10 < sum(j is not None for j in expected) <= 100
 
 
-def test_the_first_reference_that_is_repeated_is_named_and_references_may_be_a_stream():
+def test_the_first_repeated_reference_is_named_and_references_may_be_a_stream():
   texts = some_texts()
   queries = ["nothing like it in the corpus at all", texts[2], texts[2] + " and more", "short"]
   found = near_duplicates.near_duplicates_of(
@@ -83,14 +85,15 @@ def test_bands_are_the_fewest_that_propose_what_is_at_the_threshold():
   assert choose_bands(0.0, 128) == 128
 
 
-def test_signatures_collide_as_often_as_the_s_curve_says():
+def test_signatures_collide_as_often_as_the_s_curve_says(monkeypatch):
   collided = 0
   rng = np.random.default_rng(1)
   for seed in range(300):
     words = random_text(rng, 101)
     texts = [" ".join(words), " ".join([*words[:68], *random_text(rng, 33)])]
-    (_, a), (_, b) = near_duplicates._signatures(texts, 2, 128, seed)
-    lsh = near_duplicates._new_lsh(0.6, 128)
+    monkeypatch.setattr(near_duplicates, "_SEED", seed)
+    (_, a), (_, b) = near_duplicates._signatures(texts, 2)
+    lsh = near_duplicates._new_lsh(0.6)
     lsh.insert(0, a)
     collided += bool(lsh.query(b))
   assert collided / 300 == pytest.approx(collision_probability(67 / 133, 32, 4), abs=0.06)
@@ -100,9 +103,9 @@ _FIND_AND_PRINT = """
 import numpy as np
 from selfimprove_jax.retrieval import near_duplicates
 texts = [" ".join(f"w{(7 * i + j) % 97}" for j in range(40)) for i in range(60)]
-for seed in range(20):
-  options = dict(threshold=0.28, shingle_size=1, num_perm=4, seed=seed)
-  print(near_duplicates.near_duplicates(texts, **options))
+near_duplicates._NUM_PERM = 4
+for near_duplicates._SEED in range(20):
+  print(near_duplicates.near_duplicates(texts, threshold=0.28, shingle_size=1))
 """
 
 

@@ -1,9 +1,12 @@
+"""Pairs of neighbors under every filter, and their random control."""
+
 import collections
 
 import numpy as np
 import pytest
 
 from selfimprove_jax.retrieval import ann, pairs
+from selfimprove_jax.runtime import config
 
 # Rows 0-3 are documents; 4 nearly repeats 0.
 NAMES = ["a", "b", "c", "d", "e"]
@@ -30,25 +33,22 @@ def neighbors_of(rows: list[int], num: int = 5) -> ann.Neighbors:
   return ann.Neighbors(ids, np.take_along_axis(SIMILARITY[rows], ids, axis=1).astype(np.float32))
 
 
-def make(rows=(0, 1, 2, 3, 4), lengths=(10, 10, 10, 10, 10), **changes):
+FILTERS = dict(min_similarity=0.5, max_jaccard=0.5, max_uses_per_target=9, max_pairs_per_seed=9)
+
+
+def make(rows=(0, 1, 2, 3, 4), lengths=(10, 10, 10, 10, 10), max_pair_tokens=100, **changes):
   rows = list(rows)
-  options = dict(
-    min_similarity=0.5,
-    max_jaccard=0.5,
-    shingle_size=2,
-    max_uses_per_target=9,
-    max_pairs_per_seed=9,
-    max_pair_tokens=100,
-  )
+  documents = [
+    {"id": name, "text": text, "num_tokens": length}
+    for name, text, length in zip(NAMES, TEXTS, lengths, strict=True)
+  ]
   return pairs.make_pairs(
     neighbors_of(rows),
-    seed_ids=[NAMES[row] for row in rows],
-    target_ids=NAMES,
-    seed_texts=[TEXTS[row] for row in rows],
-    target_texts=TEXTS,
-    seed_lengths=[lengths[row] for row in rows],
-    target_lengths=list(lengths),
-    **{**options, **changes},
+    [documents[row] for row in rows],
+    documents,
+    pairs.PairFilterConfig(**FILTERS | changes),
+    shingle_size=2,
+    max_pair_tokens=max_pair_tokens,
   )
 
 
@@ -112,17 +112,10 @@ def test_places_without_a_neighbor_are_passed_over():
   found = ann.Neighbors(ids, np.array([[0.9, -np.inf]], np.float32))
   made, counts = pairs.make_pairs(
     found,
-    seed_ids=["x"],
-    target_ids=NAMES,
-    seed_texts=["zero"],
-    target_texts=TEXTS,
-    seed_lengths=[1],
-    target_lengths=[1] * 5,
-    min_similarity=0.5,
-    max_jaccard=0.5,
+    [{"id": "x", "text": "zero", "num_tokens": 1}],
+    [{"id": name, "text": text, "num_tokens": 1} for name, text in zip(NAMES, TEXTS)],
+    pairs.PairFilterConfig(**FILTERS),
     shingle_size=2,
-    max_uses_per_target=1,
-    max_pairs_per_seed=1,
     max_pair_tokens=5,
   )
   assert names(made) == ["x|b"]
@@ -146,7 +139,7 @@ def test_thresholds_out_of_range_are_refused():
     ({"max_uses_per_target": 0}, "max_uses_per_target=0"),
   ):
     with pytest.raises(ValueError, match=message):
-      make(**change)
+      config.parse(pairs.PairFilterConfig, FILTERS | change)
 
 
 def some_pairs(num: int) -> tuple[list[pairs.Pair], dict[str, int]]:

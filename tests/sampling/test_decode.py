@@ -1,4 +1,4 @@
-"""The two programs on models that are rules; a token's cache entry is the token itself."""
+"""The device programs on models that follow a rule; the cache entry of a token is the token."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ import pytest
 
 from selfimprove_jax.models.llama import LayerCache
 from selfimprove_jax.sampling import decode, sampler
-from selfimprove_jax.sampling.sampler import SamplingConfig
+from selfimprove_jax.sampling.requests import SamplingConfig
 
 V, SLOTS, LENGTH, STEPS = 16, 4, 24, 6
 STOP = 7
@@ -29,12 +29,12 @@ def _written(tokens_BT, positions_BT, cache):
 
 
 def _counting(tokens_BT, positions_BT, cache):
-  """Says the next number."""
+  """Predicts the next number."""
   return 100.0 * jax.nn.one_hot((tokens_BT + 1) % V, V), _written(tokens_BT, positions_BT, cache)[1]
 
 
 def _summing(tokens_BT, positions_BT, cache):
-  """Says the sum of all that stands up to its position."""
+  """Predicts the sum of all tokens up to its position."""
   seen_BS, cache = _written(tokens_BT, positions_BT, cache)
   visible_BTS = jnp.arange(seen_BS.shape[1])[None, None] <= positions_BT[:, :, None]
   sums_BT = jnp.sum(jnp.where(visible_BTS, seen_BS[:, None], 0.0), axis=-1).astype(jnp.int32)
@@ -46,13 +46,13 @@ def _uniform(tokens_BT, positions_BT, cache):
 
 
 def _broken(tokens_BT, positions_BT, cache):
-  """Counts, but has no number to say after 13."""
+  """Predicts the next number, and NaN after 13."""
   logits, cache = _counting(tokens_BT, positions_BT, cache)
   return jnp.where(tokens_BT[:, :, None] == 13, jnp.nan, logits), cache
 
 
 def _cache(batch, length):
-  zeros = jnp.full((batch, 1, length, 1), 5.0)  # what others have left there
+  zeros = jnp.full((batch, 1, length, 1), 5.0)  # left over from earlier requests
   return (LayerCache(zeros, zeros),)
 
 
@@ -81,7 +81,7 @@ def _jitted(model):
 
 
 def _admit(model, prompts, limits, *, rows=None, cache=None, slots=None, **options):
-  """Each prompt in its slot, by one prefill."""
+  """Admits each prompt to its slot, by one prefill."""
   count, longest = len(prompts), max(map(len, prompts)) - 1
   if rows is None:
     rows, cache = _rows([[0]] * SLOTS, [0] * SLOTS), _cache(SLOTS, LENGTH)
@@ -118,7 +118,7 @@ def test_each_row_ends_at_its_stop_token_or_its_limit():
   assert np.asarray(rows.is_done_B).all() and not np.asarray(rows.is_failed_B).any()
 
 
-def test_prompts_of_all_lengths_go_on_from_their_own_last_token_and_see_nothing_else():
+def test_prompts_of_all_lengths_continue_from_their_last_token_and_see_no_others():
   prompts = [[1, 2, 3], [1], [2, 2], [4, 1, 1, 3, 1]]
   rows, cache = _admit(_summing, prompts, [4] * 4, stop=())
   _, _, drawn = _decode(_summing, rows, cache)
@@ -131,7 +131,7 @@ def test_prompts_of_all_lengths_go_on_from_their_own_last_token_and_see_nothing_
   assert _drawn(drawn) == expected
 
 
-def test_calls_of_any_number_of_steps_draw_the_same_and_a_call_ends_with_the_last_row():
+def test_calls_of_any_number_of_steps_draw_the_same_and_end_with_the_last_row():
   prompts, limits = [[1, 2], [3, 1], [9, 9], [2, 5]], [10, 4, 10, 7]
   drawn = []
   for sizes in ([1] * 10, [6, 4], [3, 3, 3, 1]):
@@ -153,13 +153,13 @@ def test_calls_of_any_number_of_steps_draw_the_same_and_a_call_ends_with_the_las
   rows, cache = _admit(_counting, [[5], [4]], [6, 6])
   _decode(counted, rows, cache)
   jax.effects_barrier()
-  assert len(calls) == 3  # of the longer row
+  assert len(calls) == 3  # for the longer row
 
 
-def test_a_slot_is_refilled_while_the_others_go_on():
+def test_a_slot_is_refilled_while_the_others_continue():
   rows, cache = _admit(_summing, [[1, 2], [3, 1], [2, 2], [1, 1]], [12, 2, 12, 2], stop=())
   rows, cache, first = _decode(_summing, rows, cache, num_steps=4)
-  # Two go to the slots that are free; the third to none, as where fewer are admitted than fit.
+  # Two go to the free slots; the slot of the third is out of range, like padding.
   rows, cache = _admit(
     _summing,
     [[5, 1, 1], [6, 3], [8, 8]],
@@ -202,13 +202,13 @@ def test_several_slots_may_get_one_prompt():
 def test_a_stop_token_is_not_drawn_before_its_step():
   rows, cache = _admit(_counting, [[5], [6]], [6, 6], allowed_from=2)
   _, _, drawn = _decode(_counting, rows, cache, bans=True)
-  # All but the banned one are equally unlikely: the first of them is taken.
+  # All but the banned token are equally likely, so the first one is drawn.
   assert _drawn(drawn)[:2] == [[6, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
   rows, cache = _admit(_counting, [[4]], [6], allowed_from=2)
   assert _drawn(_decode(_counting, rows, cache, bans=True)[2])[0] == [5, 6, STOP]
 
 
-def test_a_row_whose_logits_are_no_numbers_fails_and_the_others_go_on():
+def test_a_row_whose_logits_are_nan_fails_and_the_others_continue():
   rows, cache = _admit(_broken, [[11], [1], [13]], [6, 6, 6])
   rows, _, drawn = _decode(_broken, rows, cache)
   assert _drawn(drawn)[:3] == [[12, 13], [2, 3, 4, 5, 6, STOP], []]

@@ -1,4 +1,4 @@
-"""The engine on tiny random models: what a request gives, whatever is sampled beside it."""
+"""The engine on tiny random models: the completion of a request, whatever else is sampled."""
 
 import dataclasses
 import functools
@@ -9,20 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfimprove_jax import partitioning
 from selfimprove_jax.data import tokenizer as tokenizer_lib
 from selfimprove_jax.models import llama
-from selfimprove_jax.models.params import init_params
+from selfimprove_jax.models.llama import init_params
+from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.sampling import decode
 from selfimprove_jax.sampling import engine as engine_lib
-from selfimprove_jax.sampling import programs
 from selfimprove_jax.sampling.engine import Engine
-from selfimprove_jax.sampling.requests import Request
-from selfimprove_jax.sampling.sampler import SamplingConfig
+from selfimprove_jax.sampling.requests import Request, SamplingConfig
 from selfimprove_jax.training import losses
 
 SLOTS, WINDOW, V = 4, 40, 336
 GREEDY = SamplingConfig(temperature=0.0)
-# Untied, so that a token whose embedding is no number is one in prompts alone.
+# Untied, so that a NaN in an embedding matters in prompts only, not in the logits of all.
 CONFIG = llama.LlamaConfig(
   vocab_size=V,
   num_layers=2,
@@ -39,7 +38,7 @@ MODEL = llama.Llama(CONFIG)
 
 @functools.cache
 def _params():
-  """Embeddings as large as what the layers add, and a head so large that tokens are unlike."""
+  """Scales embeddings to the size of the layers' outputs, and the head so that tokens differ."""
   params = nn.unbox(jax.jit(functools.partial(init_params, MODEL))(jax.random.key(0)))
   return params | {
     "embedding_VD": 50 * params["embedding_VD"],
@@ -71,7 +70,7 @@ def make_engine(one_device_mesh, tokenizer):
 
 @pytest.fixture(scope="module")
 def engine(make_engine) -> Engine:
-  """One for most tests, so that each begins after the requests of others."""
+  """One engine for most tests, so that each follows the requests of others."""
   return make_engine()
 
 
@@ -80,7 +79,7 @@ def _prompt(length, seed=0):
 
 
 def _requests(**options):
-  """More than slots, of three buckets, and one of a single token."""
+  """Makes more requests than slots, in three buckets, and one of a single token."""
   lengths = [5, 1, 17, 9, 30, 12, 16, 2, 22]
   options = {"max_new_tokens": 8, "seed": 5, **options}
   return [
@@ -105,10 +104,9 @@ def _forward(params, tokens_BT, config):
 
 
 def _full_pass(requests, completions, config=CONFIG):
-  """Of the stacked model: for each request its logits where each token was drawn, and the
-  trainer's loss of each."""
+  """Returns the stacked model's logits and the trainer's loss for each token of each request."""
   rows = [[*r.prompt, *c.tokens] for r, c in zip(requests, completions, strict=True)]
-  tokens = np.zeros((9, WINDOW), np.int32)  # always as many, to compile once
+  tokens = np.zeros((9, WINDOW), np.int32)  # a fixed size, to compile once
   for i, row in enumerate(rows):
     tokens[i, : len(row)] = row
   logits, nll = map(np.asarray, _forward(_params(), tokens, config))
@@ -116,7 +114,7 @@ def _full_pass(requests, completions, config=CONFIG):
   return [(logits[i, span.start - 1 : span.stop - 1], nll[i, span]) for i, span in enumerate(spans)]
 
 
-# What is drawn.
+# Drawn tokens.
 
 
 def test_greedy_completions_are_the_teacher_forced_argmax_of_the_stacked_model(engine):
@@ -146,9 +144,10 @@ def test_logprobs_are_the_trainers_and_the_likeliest_are_those_of_the_full_pass(
   assert engine.generate(_requests()[:1])[0].logprobs is None
 
 
+@pytest.mark.slow
 def test_in_bfloat16_logprobs_are_the_trainers_to_within_its_rounding(make_engine):
   config = dataclasses.replace(CONFIG, dtype="bfloat16")
-  requests = [r for r in _requests(top_logprobs=0) if len(r.prompt) <= 17]  # of one bucket
+  requests = [r for r in _requests(top_logprobs=0) if len(r.prompt) <= 17]  # one bucket
   found = make_engine(config=config).generate(requests)
   values = np.array([[entry.logprob for entry in c.logprobs] for c in found])
   trainers = -np.array([nll for _, nll in _full_pass(requests, found, config)])
@@ -179,7 +178,7 @@ def test_penalties_count_the_prompt_and_all_tokens_drawn_across_calls(make_engin
   c = SamplingConfig(
     temperature=0.0, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.5
   )
-  # 20 tokens are more than a call draws; the second repeats what it says, so that counts matter.
+  # 20 tokens are more than one call draws; the second request repeats tokens, so counts matter.
   requests = [Request(prompt=_prompt(n), max_new_tokens=20, sampling=c) for n in (6, 13)]
   found = engine.generate(requests)
   for request, completion, (logits, _) in zip(requests, found, _full_pass(requests, found)):
@@ -195,7 +194,7 @@ def test_penalties_count_the_prompt_and_all_tokens_drawn_across_calls(make_engin
   assert [c.tokens for c in free] != [c.tokens for c in found]
 
 
-# What it does not depend on.
+# Independence of other requests.
 
 
 def test_a_completion_is_the_same_alone_in_another_order_and_as_a_stream(engine, completions):
@@ -234,7 +233,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_are_what_each_is_alone(engi
   before = engine.stats()
   together = engine.generate(requests)
   now = engine.stats()
-  # All slots are filled by one prefill of ten tokens; the last two are refilled by others.
+  # One prefill of ten tokens fills all slots; others refill two of them.
   assert now["prompt_tokens"] - before["prompt_tokens"] == 66
   assert now["prefilled_tokens"] - before["prefilled_tokens"] <= 30
   assert [engine.generate([r])[0] for r in requests] == together
@@ -251,6 +250,7 @@ def test_the_seed_the_record_and_the_sample_choose_the_draw_each(engine, complet
   assert len(set(found)) == len(found)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_completions_of_one_device(make_engine, completions, engine):
   sharded = make_engine(mesh=partitioning.make_mesh(data=4, fsdp=1, tensor=2))
   assert sharded.generate(_requests()[:4]) == completions[:4]
@@ -258,17 +258,28 @@ def test_a_mesh_gives_the_completions_of_one_device(make_engine, completions, en
   assert sharded.generate(greedy) == engine.generate(greedy)
 
 
+def test_prefills_that_are_not_padded_give_the_same_greedy_tokens(make_engine, engine):
+  served = make_engine(batch_invariant=False)
+  requests = _requests(sampling=GREEDY)
+  assert served.generate(requests) == engine.generate(requests)
+  assert served.stats()["prefills"] < engine.stats()["prefills"]
+
+
+@pytest.mark.slow
 def test_shapes_that_follow_the_load_give_the_same_greedy_tokens(make_engine, monkeypatch):
   monkeypatch.setattr(engine_lib, "_LEAST_CACHE", 8)
-  monkeypatch.setattr(programs, "_PREFILL_TOKENS", 34)  # a prompt each
-  served = make_engine(batch_invariant=False, prompt_buckets=(34,), steps_per_call=4)
+  monkeypatch.setattr(decode, "_PREFILL_TOKENS", 34)  # one prompt per prefill
+  monkeypatch.setattr(decode, "STEPS_PER_CALL", 4)
+  # Programs of this config are compiled with 16 steps.
+  config = dataclasses.replace(CONFIG, scan_unroll=2)
+  served = make_engine(config=config, batch_invariant=False, prompt_buckets=(34,))
   assert served._cache_length == 8
   short = Request(prompt=_prompt(5), max_new_tokens=3, sampling=GREEDY)
   long = Request(prompt=_prompt(35), max_new_tokens=5, sampling=GREEDY)
   middle = Request(prompt=_prompt(9), max_new_tokens=8, sampling=GREEDY)
   alone = served.generate([short])
   assert served._cache_length == 16
-  # The prefills that follow need less, and do not cut the first's short.
+  # Later prefills need less, and do not shorten the cache of the first one.
   requests = [long, middle, short]
   together = served.generate(requests)
   assert served._cache_length == WINDOW
@@ -279,8 +290,10 @@ def test_shapes_that_follow_the_load_give_the_same_greedy_tokens(make_engine, mo
   assert served._cache_length == 16
 
 
-def test_programs_are_as_many_as_buckets_whatever_the_lengths(make_engine):
-  fresh = make_engine()
+@pytest.mark.slow
+def test_number_of_programs_depends_on_the_buckets_not_on_the_lengths(make_engine):
+  # A config of its own, because engines of one config share their programs.
+  fresh = make_engine(config=dataclasses.replace(CONFIG, norm_eps=1e-4))
   assert fresh.num_compilations == 0
   for count in (1, 3, 9):
     for lengths in ([1], [2, 16, 17], [18, 33], [39, 34], [1, 2, 33], range(1, 40, 5)):
@@ -292,12 +305,11 @@ def test_programs_are_as_many_as_buckets_whatever_the_lengths(make_engine):
           for sample in range(count)
         ]
       )
-  # For each of three buckets two numbers of slots at most; one without a prefill; and one that
-  # draws.
+  # At most two numbers of requests for each of three buckets; one without a prefill; and `draw`.
   assert fresh.num_compilations <= 3 * 2 + 1 + 1
 
 
-# When it ends.
+# Ends.
 
 
 def test_a_completion_ends_at_its_own_limit_or_where_the_window_is_full(engine):
@@ -318,17 +330,17 @@ def test_stop_tokens_end_it_and_are_left_out(engine, make_engine, completions):
   (found,) = engine.generate([dataclasses.replace(request, stop_ids=(1, whole[3]))])
   assert (found.tokens, found.stop) == (whole[:at], whole[3])
   assert found.finish_reason == "stop"
-  # The end of sequence is one of them, and so is each of several.
+  # The end of sequence is a stop token too.
   other = make_engine(eos_ids=(whole[3],))
   assert other.generate([request]) == [found]
   (nothing,) = engine.generate([dataclasses.replace(request, stop_ids=(whole[0],))])
   assert (nothing.tokens, nothing.text, nothing.finish_reason) == ([], "", "stop")
 
 
-def test_no_stop_token_is_drawn_before_the_least_number_nor_an_ignored_end_of_sequence(
+def test_no_stop_token_is_drawn_before_min_new_tokens_nor_an_ignored_eos(
   make_engine,
 ):
-  # Tokens of half of the vocabulary end it.
+  # Its likely tokens all end it.
   request = dataclasses.replace(_requests()[2], max_new_tokens=20)
   likely = make_engine().generate([request])[0].tokens
   eos, stop_ids = likely[0], tuple(dict.fromkeys(likely[1:]))[:8]
@@ -343,7 +355,7 @@ def test_no_stop_token_is_drawn_before_the_least_number_nor_an_ignored_end_of_se
   for request_, completion in zip(requests, found):
     assert len(completion.tokens) >= request_.min_new_tokens
     assert not {eos, *stop_ids} & set(completion.tokens)
-  assert found[0].tokens == []  # `likely` begins by what ends it
+  assert found[0].tokens == []  # the first token of `likely` ends it
   endless = dataclasses.replace(requests[0], stop_ids=(), ignore_eos=True)
   (found,) = ending.generate([endless])
   assert (len(found.tokens), found.finish_reason) == (20, "length")
@@ -365,7 +377,7 @@ def test_stop_strings_end_it_wherever_tokens_begin_and_the_text_is_cut_before(en
     [dataclasses.replace(request, stop_strings=("no such", stop)), *company]
   )
   assert (cut.text, cut.stop, cut.finish_reason) == (text[: text.index(stop)], stop, "stop")
-  # Its tokens are all up to the one that made the string whole.
+  # Its tokens end with the one that completed the string.
   assert cut.tokens == whole.tokens[: len(cut.tokens)]
   assert stop in tokenizer.decode(cut.tokens)
   assert stop not in tokenizer.decode(cut.tokens[:-1])
@@ -376,7 +388,7 @@ def test_a_grammar_holds_for_its_own_request_alone(engine, tokenizer, completion
   pytest.importorskip("llguidance")
   from selfimprove_jax.sampling.grammar import GrammarCompiler
 
-  compiler = GrammarCompiler(tokenizer, eos_id=tokenizer.eos_id, vocab_size=V)
+  compiler = GrammarCompiler(tokenizer, eos_ids=(tokenizer.eos_id,), vocab_size=V)
   choices = compiler.choices(["red", "green", "blue mat"])
   hot = SamplingConfig(temperature=8.0)
   constrained = [
@@ -389,14 +401,14 @@ def test_a_grammar_holds_for_its_own_request_alone(engine, tokenizer, completion
   texts = [completion.text for completion in found[:3] + found[6:]]
   assert set(texts) <= {"red", "green", "blue mat"} and len(set(texts)) > 1
   assert {completion.finish_reason for completion in found[:3] + found[6:]} == {"stop"}
-  # It may end after the first word, but its end of sequence is never drawn.
+  # It could end after the first word, but the end of sequence is never drawn.
   bound = dataclasses.replace(constrained[0], grammar=compiler.regex("red( red)?"), ignore_eos=True)
   longer, fine = engine.generate([bound, plain[0]])
   assert (longer.text, longer.finish_reason) == ("red red", "stop")
   assert fine == completions[0]
 
 
-# One by one.
+# Submit, step, cancel.
 
 
 def test_updates_of_a_request_add_up_to_its_completion(engine, completions):
@@ -418,7 +430,7 @@ def test_updates_of_a_request_add_up_to_its_completion(engine, completions):
     assert [entry for part in parts for entry in part.logprobs] == completion.logprobs
     assert [part.completion for part in parts[:-1]] == [None] * (len(parts) - 1)
     assert parts[-1].completion == completion
-    assert len(parts) > 2 and len(parts[0].tokens) == 1  # the first token comes at once
+    assert len(parts) > 2 and len(parts[0].tokens) == 1  # the first token is not delayed
 
 
 def test_a_cancelled_request_leaves_its_slot_or_the_queue_and_the_others_unharmed(
@@ -439,7 +451,7 @@ def test_a_cancelled_request_leaves_its_slot_or_the_queue_and_the_others_unharme
   assert engine.stats()["cancelled"] - before == 4
 
 
-def test_a_record_whose_logits_are_no_numbers_fails_alone_and_leaves_nothing_behind(
+def test_a_request_whose_logits_are_nan_fails_alone_and_leaves_nothing_behind(
   make_engine, completions
 ):
   poison = 290
@@ -457,7 +469,7 @@ def test_a_record_whose_logits_are_no_numbers_fails_alone_and_leaves_nothing_beh
   for failed in (found[0], found[3]):
     assert (failed.tokens, failed.finish_reason) == ([], "error")
     assert "not numbers" in failed.error
-  # Those that follow in the same slots have shorter prompts, so that its keys stand behind theirs.
+  # Later requests in the slot have shorter prompts, so its keys remain at later positions.
   assert [*found[1:3], *found[4:]] == completions
   assert poisoned.generate(requests) == completions
   assert poisoned.stats()["error"] == 2
@@ -486,7 +498,7 @@ def test_requests_are_taken_as_slots_become_free(engine, completions):
 def test_progress_is_told_and_counted(engine, completions):
   told = []
   before = engine.stats()
-  assert engine.generate(_requests(), on_tokens=told.append) == completions
+  assert dict(engine.stream(_requests(), on_tokens=told.append)) == dict(enumerate(completions))
   counts = {name: value - before.get(name, 0) for name, value in engine.stats().items()}
   new_tokens = sum(len(completion.tokens) for completion in completions)
   assert sum(told) == counts["new_tokens"] == new_tokens
@@ -520,9 +532,7 @@ def test_a_request_that_can_never_run_is_refused(engine, changes, message):
   assert engine.num_waiting == 0
 
 
-def test_in_a_stream_a_request_that_can_never_run_is_an_error_and_the_others_go_on(
-  engine, completions
-):
+def test_in_a_stream_a_request_that_can_never_run_is_an_error_for_itself_alone(engine, completions):
   good = _requests()
   bad = Request(prompt=[], max_new_tokens=3)
   found = engine.generate([bad, *good[:5], bad, *good[5:], bad])
@@ -541,7 +551,7 @@ def test_stop_strings_need_a_tokenizer_and_without_one_there_is_no_text(make_eng
   assert found == dataclasses.replace(completions[0], text=None)
 
 
-def test_slots_that_do_not_divide_over_the_mesh_and_a_window_of_one_token_are_refused(make_engine):
+def test_slots_that_do_not_divide_and_a_max_length_of_one_are_refused(make_engine):
   with pytest.raises(ValueError, match="a batch of 4 rows does not divide over 8 batch shards"):
     make_engine(mesh=partitioning.make_mesh(data=8, fsdp=1, tensor=1))
   with pytest.raises(ValueError, match="max_length=1 must be at least 2"):

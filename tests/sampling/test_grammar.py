@@ -1,4 +1,4 @@
-"""Token masks: any walk over allowed tokens spells what the grammar says, and ends only there."""
+"""Token masks: any random walk over allowed tokens spells a text of the grammar."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from selfimprove_jax.data import tokenizer as tokenizer_lib
 from selfimprove_jax.sampling.grammar import GrammarCompiler
 
 _TEXTS = ['the cat {"name": "Tom", "age": 3, "tags": ["a", "b"]} sat on the mat, true false null']
-_EXTRA = 37  # rows of the model's logits that the tokenizer has no token for
+_EXTRA = 37  # logits beyond the tokenizer's vocabulary
 
 _PERSON = {
   "type": "object",
@@ -50,7 +50,7 @@ def tokenizer() -> tokenizer_lib.Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(tokenizer) -> GrammarCompiler:
   return GrammarCompiler(
-    tokenizer, eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size + _EXTRA
+    tokenizer, eos_ids=(tokenizer.eos_id,), vocab_size=tokenizer.vocab_size + _EXTRA
   )
 
 
@@ -61,7 +61,7 @@ def _allowed(matcher, vocab_size):
 
 
 def _walk(grammar, tokenizer, seed):
-  """Text of random allowed tokens; each beginning of it that might have been the whole."""
+  """Returns a text of random allowed tokens, and its prefixes that could have ended there."""
   rng = random.Random(seed)
   matcher, tokens, endings = grammar.start(), [], []
   special = [t for t in (tokenizer.pad_id, tokenizer.sep_id) if t != tokenizer.eos_id]
@@ -87,7 +87,7 @@ def test_random_walks_under_a_schema_are_json_of_the_schema(compiler, tokenizer)
     value = json.loads(text)
     jsonschema.validate(value, _PERSON)
     assert list(value) == list(_PERSON["properties"])
-    assert endings == [text]  # nowhere else was it allowed to end
+    assert endings == [text]  # it could not have ended earlier
 
 
 def test_json_is_written_in_one_form(compiler, tokenizer):
@@ -142,7 +142,7 @@ def test_grammar_of_one_thread_serves_another(compiler, tokenizer):
 
 def test_any_of_several_ends_of_sequence_may_end(tokenizer):
   compiler = GrammarCompiler(
-    tokenizer, eos_id=[tokenizer.eos_id, tokenizer.sep_id], vocab_size=tokenizer.vocab_size
+    tokenizer, eos_ids=[tokenizer.eos_id, tokenizer.sep_id], vocab_size=tokenizer.vocab_size
   )
   matcher = compiler.choices(["a"]).start()
   matcher.accept(tokenizer.encode("a")[0])
@@ -194,17 +194,16 @@ def test_bytes_of_tokens_make_up_the_text(compiler, tokenizer):
 
 def test_vocabularies_that_do_not_fit_are_refused(tokenizer):
   with pytest.raises(ValueError, match="vocab_size=10"):
-    GrammarCompiler(tokenizer, eos_id=tokenizer.eos_id, vocab_size=10)
-  with pytest.raises(ValueError, match="eos_id=9999"):
-    GrammarCompiler(tokenizer, eos_id=9999, vocab_size=10_000)
+    GrammarCompiler(tokenizer, eos_ids=(tokenizer.eos_id,), vocab_size=10)
+  with pytest.raises(ValueError, match=r"eos_ids=\[9999\]"):
+    GrammarCompiler(tokenizer, eos_ids=[9999], vocab_size=10_000)
 
 
 def test_gpt2_vocabulary_gives_json_too(real_data):
   end = "<|endoftext|>"
-  tokenizer = tokenizer_lib.load_tokenizer(
-    real_data / "models/gpt2_tokenizer", bos_token=end, eos_token=end, sep_token=end, pad_token=end
-  )
+  special = tokenizer_lib.SpecialTokens(bos_token=end, eos_token=end, sep_token=end, pad_token=end)
+  tokenizer = tokenizer_lib.load_tokenizer(real_data / "models/gpt2_tokenizer", special)
   size = tokenizer.vocab_size
-  compiler = GrammarCompiler(tokenizer, eos_id=tokenizer.eos_id, vocab_size=size + _EXTRA)
+  compiler = GrammarCompiler(tokenizer, eos_ids=(tokenizer.eos_id,), vocab_size=size + _EXTRA)
   grammar = compiler.json_schema(_PERSON)
   jsonschema.validate(json.loads(_walk(grammar, tokenizer, seed=0)[0]), _PERSON)

@@ -1,4 +1,4 @@
-"""Each row's distribution against NumPy's, thresholds exactly, and draws by their frequencies."""
+"""Each row's distribution against NumPy's: thresholds exactly, draws by their frequencies."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from selfimprove_jax.sampling import sampler
-from selfimprove_jax.sampling.sampler import SamplingConfig
+from selfimprove_jax.sampling.requests import SamplingConfig
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
@@ -22,13 +22,13 @@ def _rows(config, count):
 
 
 def _kept(logits, config):
-  """Which tokens are left, one row."""
+  """Returns the tokens that are kept, for one row."""
   rows = np.asarray(logits, np.float32)[None]
   return np.flatnonzero(_truncate(rows, _rows(config, 1))[0] > -np.inf).tolist()
 
 
 def _reference(logits, config):
-  """Which tokens are left, by sorting; the ones as likely as the last are left too."""
+  """Returns the tokens that are kept, by sorting; ties with the last are kept too."""
   logits = np.asarray(logits, np.float64)
   kept = np.full(logits.shape, True)
   if config.top_k:
@@ -51,11 +51,11 @@ def _reference(logits, config):
     ({"top_k": 5}, [0, 1, 2, 3, 4]),
     ({"top_k": 9}, [0, 1, 2, 3, 4]),
     ({"top_p": 0.39}, [1]),
-    ({"top_p": 0.41}, [1, 3]),  # the token that passes it is included
+    ({"top_p": 0.41}, [1, 3]),  # the token that crosses it is included
     ({"top_p": 0.69}, [1, 3]),
     ({"top_p": 0.71}, [1, 3, 4]),
     ({"top_p": 0.96}, [0, 1, 2, 3, 4]),
-    # After top-k the two that are left have 0.57 and 0.43.
+    # After top-k the two kept tokens have 0.57 and 0.43.
     ({"top_k": 2, "top_p": 0.5}, [1]),
     ({"top_k": 2, "top_p": 0.6}, [1, 3]),
   ],
@@ -64,10 +64,10 @@ def test_truncation_keeps_the_most_likely_tokens(options, tokens):
   assert _kept(LOGITS, SamplingConfig(**options)) == tokens
 
 
-def test_thresholds_found_by_halving_are_those_of_a_sort_in_every_row_of_a_mixed_batch():
+def test_thresholds_found_by_bisection_are_those_of_a_sort_in_a_mixed_batch():
   r = np.random.default_rng(0)
   V, B = 513, 64
-  # Of many sizes, both signs, with minus infinities, and a third of the rows full of ties.
+  # Many magnitudes, both signs, minus infinities, and ties in a third of the rows.
   logits = r.normal(size=(B, V)) * 10.0 ** r.integers(-3, 2, (B, 1))
   logits[::3] = np.round(logits[::3])
   logits[:, 2] = -np.inf
@@ -80,7 +80,7 @@ def test_thresholds_found_by_halving_are_those_of_a_sort_in_every_row_of_a_mixed
   for row, config in enumerate(configs):
     expected = _reference(logits[row], config)
     weights = np.exp(np.float64(logits[row]) - logits[row].max())
-    # Where sums are equal to rounding, one token more or less is as right.
+    # Where sums are equal to within rounding, one token more or less is correct too.
     wrong = (found[row] > -np.inf) != (expected & (logits[row] > -np.inf))
     assert np.sum(weights[wrong]) < 1e-5 * np.sum(weights), (row, config)
     if config.top_p == 1:
@@ -124,7 +124,7 @@ def test_draws_have_the_frequencies_of_the_distribution(config, size):
   expected *= num_draws / expected.sum()
   counts = np.bincount(drawn, minlength=size)
   assert counts[expected == 0].sum() == 0
-  # Chi-square of the tokens that are expected often enough, the others as one.
+  # Chi-square over tokens that are expected often enough, and the others together.
   often = expected >= 8
   groups = [(counts[often], expected[often])]
   if not often.all():
@@ -136,7 +136,7 @@ def test_draws_have_the_frequencies_of_the_distribution(config, size):
 
 
 def test_tokens_of_no_weight_are_never_drawn():
-  # Whole blocks of them, at both ends and between.
+  # Whole blocks have no weight, at both ends and between.
   V, num_draws = 1000, 1000
   logits = np.full(V, -np.inf, np.float32)
   logits[[333, 334, 700]] = 1.0
@@ -146,7 +146,7 @@ def test_tokens_of_no_weight_are_never_drawn():
   assert set(np.unique(drawn)) == {333, 334, 700}
 
 
-def test_temperature_zero_takes_the_most_likely_token_whatever_the_key_and_its_neighbours():
+def test_temperature_zero_takes_the_most_likely_token_whatever_the_key():
   logits = jnp.array(np.random.default_rng(0).normal(size=(6, 9)), jnp.float32)
   greedy, hot = SamplingConfig(temperature=0.0), SamplingConfig(temperature=50.0)
   rows = sampler.row_sampling([greedy, hot] * 3)
@@ -207,6 +207,7 @@ def _penalty_rows():
   return logits, prompts, drawn, in_prompt, counts
 
 
+@pytest.mark.slow
 def test_the_repetition_penalty_is_that_of_transformers():
   import torch
   import transformers
@@ -243,19 +244,20 @@ def test_presence_and_frequency_penalties_are_openais_and_each_row_has_its_own()
 
 
 @pytest.mark.parametrize(
-  ("options", "message"),
+  ("name", "value", "message"),
   [
-    ({"temperature": -0.1}, r"temperature=-0.1.*at least 0"),
-    ({"temperature": float("nan")}, r"temperature=nan.*at least 0"),
-    ({"top_k": -1}, r"top_k=-1.*at least 0"),
-    ({"top_p": 0.0}, r"top_p=0.0.*top_p in \(0, 1\]"),
-    ({"top_p": 1.1}, r"top_p=1.1.*top_p in \(0, 1\]"),
-    ({"top_p": float("nan")}, r"top_p=nan.*top_p in \(0, 1\]"),
-    ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-    ({"presence_penalty": float("inf")}, "presence_penalty=inf.*must be finite"),
-    ({"frequency_penalty": float("nan")}, "frequency_penalty=nan.*must be finite"),
+    ("temperature", -0.1, "greater than or equal to 0"),
+    ("temperature", float("nan"), "finite number"),
+    ("top_k", -1, "greater than or equal to 0"),
+    ("top_k", 2.5, "valid integer"),
+    ("top_p", 0.0, "greater than 0"),
+    ("top_p", 1.1, "less than or equal to 1"),
+    ("top_p", float("nan"), "finite number"),
+    ("repetition_penalty", 0.0, "greater than 0"),
+    ("presence_penalty", float("inf"), "finite number"),
+    ("frequency_penalty", float("nan"), "finite number"),
   ],
 )
-def test_an_option_out_of_range_is_refused(options, message):
-  with pytest.raises(ValueError, match=message):
-    SamplingConfig(**options)
+def test_an_option_out_of_range_is_refused_by_its_name(name, value, message):
+  with pytest.raises(ValueError, match=rf"(?s){name}.*{message}"):
+    SamplingConfig(**{name: value})

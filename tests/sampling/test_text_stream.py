@@ -1,4 +1,4 @@
-"""Text as tokens come: whole characters, stop strings wherever tokens end."""
+"""Incremental text: whole characters, and stop strings that span tokens."""
 
 import random
 
@@ -73,7 +73,7 @@ def test_text_comes_as_soon_as_it_is_certain(bpe):
 
 
 def test_tokens_drawn_at_random_give_what_decoding_them_all_gives(bpe):
-  # A model that is not trained writes broken UTF-8 most of the time.
+  # An untrained model writes broken UTF-8 most of the time.
   rng = random.Random(0)
   for _ in range(300):
     tokens = [rng.randrange(bpe.vocab_size) for _ in range(rng.randrange(60))]
@@ -94,7 +94,7 @@ def test_sentencepiece_keeps_the_spaces_between_words(sentencepiece):
   assert text_of("▁", "▁the", "▁▁", "▁", "cat") == " the   cat"
   euro = [f"<0x{byte:02X}>" for byte in "é€".encode()]
   assert text_of("▁cat", *euro, "t", *euro, "▁", *euro) == "cat" + "é€té€ é€"
-  # Special tokens are left out, and hide no space from the token after them.
+  # Special tokens are left out, and do not make the next token lose its space.
   assert text_of("<s>", "</s>", "▁the", "</s>", "▁cat") == "the cat"
   assert text_of("▁the", *["</s>"] * 50, "▁", "<s>", "cat") == "the cat"
 
@@ -122,13 +122,13 @@ def test_special_tokens_amid_a_character_do_not_break_it(bpe):
   [
     (("a b", "<st", "op>", " c"), ["<stop>"], "a b", "<stop>"),  # spans tokens
     (("a <st", "op> tail",), ["<stop>"], "a ", "<stop>"),  # with text around it
-    (("ab", "cabc", "d"), ["abcd"], "abc", "abcd"),  # begins again within a beginning
+    (("ab", "cabc", "d"), ["abcd"], "abc", "abcd"),  # restarts within a partial match
     (("aaa", "aab"), ["aab"], "aaa", "aab"),
-    (("xab", "c"), ["abc", "b"], "xa", "b"),  # whole first
-    (("xa", "bc"), ["bc", "abc"], "x", "abc"),  # both at one character: the longer
+    (("xab", "c"), ["abc", "b"], "xa", "b"),  # complete first
+    (("xa", "bc"), ["bc", "abc"], "x", "abc"),  # both at one character: the longer one
     (("a\n", "\n", "b"), ["\n\n"], "a", "\n\n"),
     (("a\n", "b\n"), ["\n\n"], "a\nb\n", None),
-    (("a <st", "o"), ["<stop>"], "a <sto", None),  # ends while one is begun
+    (("a <st", "o"), ["<stop>"], "a <sto", None),  # the text ends within a partial match
     (("stop",), ["stop"], "", "stop"),
   ],
 )  # fmt: skip
@@ -138,7 +138,7 @@ def test_stop_string_cuts_the_text(strings, stops, text, stop):
   assert (stream.text, stream.stop) == (text, stop)
 
 
-def test_where_a_text_is_cut_depends_not_on_where_its_tokens_end():
+def test_where_a_text_is_cut_does_not_depend_on_its_tokens():
   rng = random.Random(1)
   for _ in range(300):
     text = "".join(rng.choice("ab") for _ in range(30))

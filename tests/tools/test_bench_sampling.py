@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "bench_sampling.py"
 
 
@@ -17,7 +18,7 @@ def output(compilation_cache):
   command = [sys.executable, str(TOOL), "--models=tiny", "--batches=2", "--turns=2"]
   command += ["--prompt_tokens=8", "--new_tokens=4", "--rounds=2", "--caches=dynamic"]
   command += ["--threads=1"]
-  # Spinning threads of two libraries take long beside other processes.
+  # The spinning threads of two libraries are slow next to other processes.
   environment = os.environ | {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
   environment |= {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
   environment |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
@@ -40,7 +41,7 @@ def test_the_last_line_holds_the_ratio_and_every_case(output):
 
 
 def test_both_sides_give_the_same_greedy_tokens(output):
-  """Ragged prompts too, which the peer pads on the left and the engine does not."""
+  """Also for ragged prompts, which the peer pads on the left."""
   for case in json.loads(output[-1])["cases"]:
     assert case["agreement"] == {"first": 1.0, "tokens": 1.0}
 

@@ -1,25 +1,27 @@
-"""Every shipped config compiled for a TPU pod at two layers; and what is counted in the result."""
+"""Compiles the configs' programs for TPU pods, and counts collectives."""
 
 import importlib.util
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 from jax.sharding import PartitionSpec
 
-from selfimprove_jax import partitioning
+from selfimprove_jax.runtime import partitioning
 from tools import compile_for, hlo_collectives
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 _needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra `tpu`)"
 )
-# Config -> the smallest pod that its mesh divides over, with one row a chip.
+# Config -> the smallest pod that its mesh fits on, with one row per chip.
 _PODS = {
   "sbp_quick:quick": ("v5p:2x2x1", 4),
   "cpt_quick:quick": ("v5p:2x2x1", 4),
@@ -40,7 +42,7 @@ def _run(*arguments):
   )
 
 
-def test_every_config_is_compiled_here():
+def test_every_config_that_trains_is_compiled_here():
   files = {path.stem for path in (REPO / "configs").glob("*.py")} - {
     "__init__",
     "parts",
@@ -50,6 +52,50 @@ def test_every_config_is_compiled_here():
   assert files == {name.partition(":")[0] for name in _PODS}
 
 
+@pytest.fixture(scope="module")
+def smoke():
+  page = runpy.run_path(str(REPO / "configs" / "sbp_quick.py"))["get_config"]("smoke")
+  page.training.batch_rows = 8
+  return compile_for.load(page.to_dict(), layers=3)
+
+
+@pytest.fixture
+def no_type_checks():
+  """Lets the engine's state hold shapes instead of arrays."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+  ("program", "batch", "mesh"),
+  [
+    ("train", [8, 128], {"fsdp": 8}),
+    ("prefill", [8, 62], {"data": 8}),
+    ("decode", [64, 1], {"data": 8}),
+  ],
+)
+def test_the_programs_of_a_page_are_lowered_with_its_batches_and_meshes(
+  smoke, program, batch, mesh, no_type_checks
+):
+  lowered, facts = compile_for.lower(smoke, program, jax.devices())
+  assert (facts["batch"], facts["mesh"], facts["num_layers"]) == (batch, mesh, 3)
+  assert "main" in lowered.as_text()
+  if program == "train":
+    assert facts["state_bytes"] < 0.2 * facts["state_bytes_whole"]
+
+
+def test_a_program_that_a_config_lacks_is_refused(smoke):
+  with pytest.raises(ValueError, match=r"'sample' is unknown.*'prefill'"):
+    compile_for.lower(smoke, "sample", jax.devices())
+  page = runpy.run_path(str(REPO / "configs" / "cpt_quick.py"))["get_config"]("smoke").to_dict()
+  tuning = compile_for.load(page)
+  assert compile_for.programs_of(tuning) == ("train",)
+  with pytest.raises(ValueError, match="no `synthesis` section"):
+    compile_for.lower(tuning, "decode", jax.devices())
+
+
+@pytest.mark.slow
 @_needs_libtpu
 @pytest.mark.parametrize("config", _PODS)
 def test_the_train_step_of_every_config_fits_and_its_state_is_sharded(config):
@@ -66,16 +112,17 @@ def test_the_train_step_of_every_config_fits_and_its_state_is_sharded(config):
   found = json.loads(done.stdout.splitlines()[-1])
   train = found["programs"]["train"]
   assert train["fits"]
-  # Norms and step counts are on every chip; all else is divided, so that a moment of the optimizer
-  # that was left whole would show.
+  # Norms and step counts are on every chip. All else is sharded; a replicated moment of the
+  # optimizer would show.
   parts = train["mesh"].get("fsdp", 1) * train["mesh"].get("tensor", 1)
   assert train["state_bytes"] < 1.05 * train["state_bytes_whole"] / parts + 2e5
-  assert train["argument_bytes"] < 3 * train["state_bytes"]  # small arrays fill whole tiles
-  assert train["reused_bytes"] > 0.99 * train["state_bytes"]  # the state is donated, all of it
+  assert train["argument_bytes"] < 3 * train["state_bytes"]  # small arrays are padded to tiles
+  assert train["reused_bytes"] > 0.99 * train["state_bytes"]  # all of the state is donated
   assert train["collectives"]["all-gather"]["count"] > 0
   assert "all-to-all" not in train["collectives"]
 
 
+@pytest.mark.slow
 @_needs_libtpu
 def test_prefill_and_decode_are_compiled_with_the_cache_in_its_shards():
   done = _run("--config=configs/sbp_quick.py:smoke", "--topology=v5e:2x2", "--what=prefill,decode")
@@ -84,18 +131,18 @@ def test_prefill_and_decode_are_compiled_with_the_cache_in_its_shards():
   assert set(programs) == {"prefill", "decode"}
   assert all(program["fits"] for program in programs.values())
   prefill, decode = programs["prefill"], programs["decode"]
-  # The longest bucket, as many prompts as make a prefill; and a token in each of 64 slots.
+  # A full prefill of prompts of the longest bucket; and a token in each of 64 slots.
   assert prefill["batch"] == [4, 62] and decode["batch"] == [64, 1]
-  # A host of four chips holds the slots' cache in quarters, and both write over it.
+  # Each of a host's four chips has a quarter of the cache, and both programs update it in place.
   layers, kv_heads, head_dim = 2, 1, 16
   cache_bytes = 2 * layers * kv_heads * head_dim * decode["cache_length"] * 4 * 64 / 4
   assert decode["mesh"] == prefill["mesh"] == {"data": 4}
   assert prefill["reused_bytes"] >= cache_bytes and decode["reused_bytes"] >= cache_bytes
-  # Rows that a process samples by itself are on all its chips alike: tokens go to no other chip but
-  # those that were drawn.
+  # Only drawn tokens travel between chips, as every chip has all of the rows' state.
   assert "all-to-all" not in decode["collectives"]
 
 
+@pytest.mark.slow
 @_needs_libtpu
 def test_decode_keeps_no_second_copy_of_the_cache():
   done = _run(
@@ -108,13 +155,14 @@ def test_decode_keeps_no_second_copy_of_the_cache():
   assert decode["temp_bytes"] < cache_bytes / 2
 
 
+@pytest.mark.slow
 @_needs_libtpu
-def test_what_does_not_fit_is_said_and_not_an_error():
+def test_a_program_that_does_not_fit_is_reported_and_is_no_error():
   done = _run(
     "--config=configs/sbp_quick.py:smoke",
     "--topology=v5e:2x2",
     "--what=train",
-    "--config.training.batch_rows=4000000",
+    "--config.model.mlp_dim=1000000000",
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert "does not fit" in done.stdout.lower()
@@ -124,12 +172,12 @@ def test_what_does_not_fit_is_said_and_not_an_error():
 @pytest.mark.parametrize(
   "topology", ["v5p", "v9:2x2", "v5p:8x8", "v6e:4x4x4", "v5e:axb", "v5e:0x2"]
 )
-def test_an_unknown_topology_is_refused_with_those_there_are(topology):
+def test_an_unknown_topology_is_refused_with_the_known_ones(topology):
   with pytest.raises(ValueError, match=rf"'{topology}' is unknown.*v4:AxBxC.*v6e:AxB"):
     compile_for.topology_devices(topology)
 
 
-def test_collectives_are_counted_as_often_as_their_loop_runs_and_with_the_whole_array():
+def test_collectives_count_once_per_iteration_and_with_the_whole_array():
   mesh = partitioning.make_mesh(data=1, fsdp=8, tensor=1)
 
   def program(x, w):

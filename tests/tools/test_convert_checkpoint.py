@@ -13,7 +13,8 @@ import safetensors.numpy
 import torch
 
 from selfimprove_jax.data import tokenizer as tokenizers
-from selfimprove_jax.models import pretrained
+from selfimprove_jax.models.checkpoints import open_checkpoint
+from selfimprove_jax.runs import artifacts
 
 TOOL = pathlib.Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
@@ -27,7 +28,7 @@ class Finished:
 
 @pytest.fixture
 def convert(monkeypatch, capfd):
-  """The tool's `main` with some arguments; in this process, which has its libraries in memory."""
+  """Runs the tool's `main` in this process, which has imported its libraries already."""
 
   def run(*arguments):
     monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
@@ -76,7 +77,7 @@ def test_hugging_face_to_orbax_and_back_gives_the_same_bits(convert, hf_folder, 
   assert (
     "(orbax): 15 tensors of 19,744 parameters" in there.stdout and "in bfloat16" in there.stdout
   )
-  assert pretrained.kind(tmp_path / "orbax") == "orbax"
+  assert open_checkpoint(tmp_path / "orbax").kind == "orbax"
   back = convert(
     f"--from={tmp_path / 'orbax'}", f"--to={tmp_path / 'hf'}", "--max_shard_gb=0.00001"
   )
@@ -95,6 +96,7 @@ def test_hugging_face_to_orbax_and_back_gives_the_same_bits(convert, hf_folder, 
   assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.slow
 def test_a_trained_stage_becomes_a_folder_that_transformers_generates_from(
   convert, smoke, subprocess_options, tmp_path
 ):
@@ -121,9 +123,9 @@ def test_a_trained_stage_becomes_a_folder_that_transformers_generates_from(
   ("arguments", "status", "message"),
   [
     (["--from=absent", "--to={tmp}/x"], 2, "--from=absent does not exist"),
-    (["--from={hf}", "--to={tmp}/x", "--step=3"], 2, "--step=3 is for a stage of a run"),
+    (["--from={hf}", "--to={tmp}/x", "--step=3"], 1, "step=3 is for a trained stage of a run"),
     (["--from={tmp}", "--to={tmp}/x"], 1, "holds no model"),
-    (["--from={hf}", "--to={hf}"], 1, "is there already"),
+    (["--from={hf}", "--to={hf}"], 1, "exists already"),
   ],
 )
 def test_what_can_not_be_converted_is_said(
@@ -132,3 +134,20 @@ def test_what_can_not_be_converted_is_said(
   found = convert(*(argument.format(hf=hf_folder, tmp=tmp_path) for argument in arguments))
   assert found.returncode == status, found.stderr
   assert message in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_stage_that_trained_nothing_is_refused(convert, tmp_path):
+  artifacts.Writer(tmp_path / "stage", config={}, inputs={}).finish({"vocab_size": 9})
+  found = convert(f"--from={tmp_path / 'stage'}", f"--to={tmp_path / 'x'}")
+  assert (found.returncode, found.stdout) == (1, "")
+  assert "trained no model" in found.stderr
+
+
+def test_another_tokenizer_dtype_and_context_can_be_written(convert, hf_folder, tmp_path):
+  tokenizers.train_bpe(["other words"], vocab_size=265).save(tmp_path / "other")
+  options = [f"--tokenizer={tmp_path / 'other'}", "--max_positions=33", "--dtype=float32"]
+  found = convert(f"--from={hf_folder}", f"--to={tmp_path / 'hf'}", "--format=hf", *options)
+  assert found.returncode == 0, found.stderr
+  checkpoint = open_checkpoint(tmp_path / "hf")
+  assert (checkpoint.max_positions, checkpoint.dtype) == (33, "float32")
+  assert tokenizers.load_tokenizer(tmp_path / "hf").vocab_size == 265

@@ -14,7 +14,8 @@ import pytest
 
 from selfimprove_jax.data import packing, rows
 from selfimprove_jax.models import llama
-from selfimprove_jax.training import optimizer, train_step
+from selfimprove_jax.training import losses, train_step
+from selfimprove_jax.training.config import TrainingConfig
 
 SEQ_LEN = 16
 CONFIG = llama.LlamaConfig(
@@ -28,25 +29,28 @@ CONFIG = llama.LlamaConfig(
   dropout_rate=0.1,
   dtype="float32",
 )
-
-
-LEARNING_RATE = optimizer.warmup_cosine(peak_lr=1e-2, final_lr=1e-3, warmup_steps=2, num_steps=20)
-# With a small eps AdamW makes full steps of the rounding noise in gradients near 0.
-TX = optimizer.make_optimizer(
-  "adamw", LEARNING_RATE, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-3, clip_norm=1.0
+# With a small eps AdamW turns the rounding noise of gradients near 0 into full steps.
+TRAINING = TrainingConfig(
+  batch_rows=8, peak_lr=1e-2, final_lr=1e-3, warmup_fraction=0.1, eps=1e-3, board_every=5
 )
+WEIGHT_DECAY = 0.1
+LEARNING_RATE = TRAINING.learning_rate(20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-  """What a training step is made of; what was compiled for it is kept."""
+  """A model with its optimizer; keeps its compiled train steps."""
 
   model: llama.Llama
   learning_rate = staticmethod(LEARNING_RATE)
-  tx = TX
+  tx = TRAINING.make_optimizer(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+  @functools.cached_property
+  def loss(self):
+    return losses.next_token_loss(self.model)
 
   def state(self, mesh, seed=0):
-    """A fresh state, which may be donated."""
+    """Returns a fresh state, which may be donated."""
     return jax.tree.map(jnp.copy, self._state(mesh, seed))
 
   @functools.cache  # noqa: B019
@@ -58,9 +62,18 @@ class Setup:
 
   @functools.cache  # noqa: B019
   def step_fn(self, mesh, accumulation_steps=1):
-    return train_step.make_train_step(
-      self.model, self.tx, self.learning_rate, mesh, accumulation_steps=accumulation_steps
+    return self.step_fn_of(self.loss, mesh, accumulation_steps)
+
+  def step_fn_of(self, loss, mesh, accumulation_steps):
+    jitted = train_step.make_train_step(
+      loss, self.model, self.tx, self.learning_rate, mesh, accumulation_steps=accumulation_steps
     )
+
+    def step(*arguments):
+      with jax.set_mesh(mesh):
+        return jitted(*arguments)
+
+    return step
 
 
 @pytest.fixture(scope="session")
@@ -98,16 +111,16 @@ def source(packed_rows, tmp_path_factory) -> rows.RowSource:
 
 @dataclasses.dataclass
 class Job:
-  """Processes that train in a folder."""
+  """Operating-system processes that train in one folder."""
 
   folder: pathlib.Path
   processes: list[multiprocessing.Process]
 
   def end(self, timeout=120) -> list[int]:
-    """The exit codes, once all have ended by themselves."""
+    """Waits until all have ended by themselves; returns their exit codes."""
     for process in self.processes:
       process.join(timeout)
-      assert process.exitcode is not None, f"{process} goes on: {self.log()}"
+      assert process.exitcode is not None, f"{process} is still running: {self.log()}"
     return [process.exitcode for process in self.processes]
 
   def kill(self) -> None:
@@ -116,7 +129,7 @@ class Job:
       process.join()
 
   def num_steps(self) -> int:
-    """Lines of metrics so far, which is a little more than the steps."""
+    """Counts the lines of metrics so far, which are a few more than the steps."""
     path = self.folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
@@ -134,12 +147,12 @@ class Job:
 
 @pytest.fixture
 def start_job(source, compilation_cache, monkeypatch):
-  """Starts a job of some processes, each with CPU devices of its own, that trains in a folder."""
+  """Starts processes, each with its own CPU devices, that train together in a folder."""
   monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
   monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
   here = pathlib.Path(__file__).parent
-  # The processes are forked from one that has imported the package but not touched a device.
+  # The server that forks the processes has imported the package but initialized no device.
   processes = multiprocessing.get_context("forkserver")
   processes.set_forkserver_preload(["selfimprove_jax.training.loop", "tensorboardX"])
   jobs = []

@@ -1,5 +1,6 @@
-"""One process of a training run; not a test. Run by `start_job` with its settings as globals."""
+"""One process of a training run, not a test; `start_job` runs it with its settings as a global."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,18 +9,19 @@ import threading
 import fsspec
 import jax
 
-from selfimprove_jax import distributed, partitioning, storage
 from selfimprove_jax.data import mixture, rows
 from selfimprove_jax.models import llama
 from selfimprove_jax.models.checksums import checksums
-from selfimprove_jax.progress import Progress
-from selfimprove_jax.training import loop, preemption
+from selfimprove_jax.runs import storage
+from selfimprove_jax.runtime import distributed, partitioning, preemption
+from selfimprove_jax.runtime.progress import Progress
+from selfimprove_jax.training import loop
 
-SETTINGS: dict  # set by whoever runs this
+SETTINGS: dict  # set by `start_job`
 
 settings = SETTINGS
 os.environ.update(settings["environment"])
-fsspec.config.set_conf_env(fsspec.config.conf)  # which it read when it was imported
+fsspec.config.set_conf_env(fsspec.config.conf)  # it read the environment when imported
 log = os.open(settings["log"], os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 os.dup2(log, 1)
 os.dup2(log, 2)
@@ -42,7 +44,7 @@ preemption.install()
 
 
 class Mixture(mixture.Mixture):
-  """Gives this process nothing more from a step on, if the settings say so."""
+  """Blocks this process forever at the step that the settings name."""
 
   def batch(self, step):
     if step == settings["stuck_at"]:
@@ -57,12 +59,22 @@ source = rows.RowSource([settings["rows"]], counts=[counts], seq_len=conftest.SE
 mesh = partitioning.make_mesh(**settings["mesh"])
 index, count = partitioning.process_rows(mesh)
 setup = conftest.Setup(llama.Llama(conftest.CONFIG))
+training = dataclasses.replace(
+  conftest.TRAINING,
+  # A constant rate: runs of different lengths begin alike.
+  warmup_fraction=0.0,
+  final_lr=conftest.TRAINING.peak_lr,
+  num_evaluations=-(-num_steps // 10),
+  num_checkpoints=-(-num_steps // settings["checkpoint_every"]),
+)
 result = loop.train(
   folder=folder,
   model=setup.model,
-  tx=setup.tx,
-  learning_rate=setup.learning_rate,
+  loss=setup.loss,
   mesh=mesh,
+  training=training,
+  num_steps=num_steps,
+  weight_decay=conftest.WEIGHT_DECAY,
   mixture=Mixture(
     [mixture.Component("unique", source, 1.0, True)],
     batch_size=8,
@@ -70,13 +82,6 @@ result = loop.train(
     seed=0,
     process_index=index,
     process_count=count,
-  ),
-  schedule=loop.Schedule(
-    num_steps=num_steps,
-    board_every=5,
-    evaluate_every=10,
-    checkpoint_every=settings["checkpoint_every"],
-    keep=2,
   ),
   seed=0,
   evaluate=lambda params: float(jax.jit(lambda p: p["embedding_VD"].sum())(params)),

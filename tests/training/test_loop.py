@@ -8,49 +8,72 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.data import mixture
-from selfimprove_jax.progress import Progress
-from selfimprove_jax.training import checkpoint, loop, preemption, train_step
+from selfimprove_jax.runtime import preemption
+from selfimprove_jax.runtime.progress import Progress
+from selfimprove_jax.training import checkpoint, loop, train_step
+from selfimprove_jax.training.config import TrainingConfig
 from selfimprove_jax.training.metrics_log import read_metrics
 
 NUM_STEPS = 12
-SCHEDULE = loop.Schedule(
-  num_steps=NUM_STEPS, board_every=4, evaluate_every=4, checkpoint_every=3, keep=2
+# Evaluations at steps 4, 8 and 12, checkpoints at 3, 6, 9 and 12.
+TRAINING = TrainingConfig(
+  batch_rows=4,
+  peak_lr=1e-2,
+  final_lr=1e-3,
+  eps=1e-3,
+  num_evaluations=3,
+  num_checkpoints=4,
+  keep=2,
+  board_every=4,
 )
 
 
 class _PoisonedMixture(mixture.Mixture):
-  """Its batch of index 7 holds a token that the vocabulary lacks."""
+  """The batch of one step holds a token outside the vocabulary."""
+
+  poisoned_step = 8
 
   def batch(self, step):
     batch = super().batch(step)
-    if step == 7:
+    if step == self.poisoned_step - 1:
       batch["tokens"] = np.full_like(batch["tokens"], 10_000)
     return batch
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
-  """The runs of this module are of one model: their step is traced and compiled once."""
+  """Lets the runs of this module, which have the same model, share traced and compiled steps."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_step, "make_train_step", functools.cache(train_step.make_train_step))
+    learning_rate = functools.cache(TRAINING.learning_rate)
+    make_optimizer = functools.cache(TRAINING.make_optimizer)
+    patch.setattr(TrainingConfig, "learning_rate", lambda _, num_steps: learning_rate(num_steps))
+    patch.setattr(
+      TrainingConfig, "make_optimizer", lambda _, *args, **options: make_optimizer(*args, **options)
+    )
     yield
 
 
-@pytest.fixture
-def train(make_setup, source, one_device_mesh):
-  """Trains in a folder; keyword arguments replace what differs."""
-  setup = make_setup()
+@pytest.fixture(scope="module")
+def setup(make_setup):
+  return make_setup()
 
-  def make(folder, *, schedule=SCHEDULE, kind=mixture.Mixture, **changes):
+
+@pytest.fixture
+def train(setup, source, one_device_mesh):
+  """Trains in a folder; keyword arguments replace the defaults."""
+
+  def make(folder, *, num_steps=NUM_STEPS, kind=mixture.Mixture, **changes):
     rows = [mixture.Component("unique", source, 1.0, True)]
     arguments = dict(
       folder=folder,
       model=setup.model,
-      tx=setup.tx,
-      learning_rate=setup.learning_rate,
+      loss=setup.loss,
       mesh=one_device_mesh,
-      mixture=kind(rows, batch_size=4, num_steps=schedule.num_steps, seed=0),
-      schedule=schedule,
+      training=TRAINING,
+      num_steps=num_steps,
+      weight_decay=0.1,
+      mixture=kind(rows, batch_size=4, num_steps=num_steps, seed=0),
       seed=0,
       evaluate=_norm,
       label="test",
@@ -61,13 +84,17 @@ def train(make_setup, source, one_device_mesh):
   return make
 
 
+def _optimizer():
+  return TRAINING.make_optimizer(TRAINING.learning_rate(NUM_STEPS), weight_decay=0.1)
+
+
 def _norm(params):
-  """Stands in for a held-out loss: any number that depends on the parameters."""
+  """Replaces a held-out loss: a number that depends on the parameters."""
   return float(sum(np.abs(x).sum(dtype=np.float64) for x in jax.tree.leaves(params)))
 
 
 class _Scripted:
-  """Evaluations that give what is written, and remember the parameters they were given."""
+  """Returns given losses one by one, and keeps the parameters it was called with."""
 
   def __init__(self, losses):
     self.losses = iter(losses)
@@ -79,7 +106,7 @@ class _Scripted:
 
 
 def _stop_at(monkeypatch, num_steps):
-  """Lets SIGTERM seem to come in the given step of the next run."""
+  """Simulates SIGTERM in the given step of the next run."""
   steps = iter(range(1, 1000))
   monkeypatch.setattr(preemption, "requested", lambda _: next(steps) == num_steps)
 
@@ -90,7 +117,7 @@ def _assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """Filled by the first test that needs a whole run: its folder and result."""
+  """The folder and result of a whole run, which the first test that needs it makes."""
   return tmp_path_factory.mktemp("finished"), []
 
 
@@ -102,7 +129,7 @@ def uninterrupted(train, finished):
   return folder, results[0]
 
 
-def test_every_step_is_in_the_metrics_and_evaluations_where_the_schedule_has_them(uninterrupted):
+def test_metrics_have_every_step_and_the_evaluations_of_the_schedule(uninterrupted):
   folder, result = uninterrupted
   records = read_metrics(folder / "metrics.jsonl")
   assert records == result.curve
@@ -126,7 +153,7 @@ def test_the_last_checkpoints_stay(uninterrupted):
   assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["12", "9"]
 
 
-def test_a_finished_run_does_nothing_when_run_again(uninterrupted, train):
+def test_a_finished_run_changes_nothing_when_run_again(uninterrupted, train):
   folder, result = uninterrupted
 
   def files():
@@ -143,11 +170,11 @@ def test_a_finished_run_does_nothing_when_run_again(uninterrupted, train):
   assert dataclasses.replace(again, params=None) == dataclasses.replace(result, params=None)
 
 
-def test_sigterm_saves_and_leaves_with_143_and_the_run_goes_on_as_if_nothing_had_been(
+def test_sigterm_saves_and_exits_with_143_and_the_resumed_run_is_the_same(
   uninterrupted, train, tmp_path, monkeypatch
 ):
   folder, result = uninterrupted
-  for stop in (1, 4, 2):  # counted from where the run goes on: in steps 1, 5 and 7
+  for stop in (1, 4, 2):  # counted from where the run resumes: in steps 1, 5 and 7
     _stop_at(monkeypatch, stop)
     with pytest.raises(preemption.Preempted) as raised:
       train(tmp_path)
@@ -161,18 +188,15 @@ def test_sigterm_saves_and_leaves_with_143_and_the_run_goes_on_as_if_nothing_had
   assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_the_step_is_compiled_once_for_a_fresh_state_and_once_for_a_restored_one(
-  train, tmp_path, monkeypatch
-):
-  jit_train_step, jitted = train_step.jit_train_step, []
+def test_a_fresh_and_a_resumed_run_compile_the_step_once_each(train, tmp_path, monkeypatch):
+  # Without the cache that the runs of this module share.
+  make_train_step, jitted = train_step.make_train_step.__wrapped__, []
 
   def recorded(*args, **options):
-    jitted.append(jit_train_step(*args, **options))
+    jitted.append(make_train_step(*args, **options))
     return jitted[-1]
 
-  monkeypatch.setattr(train_step, "jit_train_step", recorded)
-  # Not the one that the runs of this module share.
-  monkeypatch.setattr(train_step, "make_train_step", train_step.make_train_step.__wrapped__)
+  monkeypatch.setattr(train_step, "make_train_step", recorded)
   with monkeypatch.context() as patch, pytest.raises(preemption.Preempted):
     _stop_at(patch, 5)
     train(tmp_path)
@@ -180,7 +204,7 @@ def test_the_step_is_compiled_once_for_a_fresh_state_and_once_for_a_restored_one
   assert [step._cache_size() for step in jitted] == [1, 1]
 
 
-def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
+def test_after_a_damaged_last_checkpoint_the_one_before_is_used(
   uninterrupted, train, tmp_path, monkeypatch, caplog
 ):
   folder, result = uninterrupted
@@ -196,11 +220,11 @@ def test_a_damaged_last_checkpoint_costs_the_steps_since_the_one_before(
   assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
-  train, tmp_path, make_setup, one_device_mesh
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_a_good_checkpoint(
+  train, tmp_path, setup, one_device_mesh
 ):
   message = r"test: step 8 has loss nan .* good checkpoint is of step 6\. Lower the learning rate"
-  for _ in range(2):  # to run it again changes nothing
+  for _ in range(2):  # running it again changes nothing
     with pytest.raises(loop.LossIsNotFiniteError, match=message):
       train(tmp_path, kind=_PoisonedMixture)
     records = read_metrics(tmp_path / "metrics.jsonl")
@@ -208,31 +232,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert all(np.isfinite(list(r.values())).all() for r in records)
   with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
     assert checkpoints.steps() == [3, 6]
-    restored = checkpoints.restore_last(make_setup().abstract(one_device_mesh))
+    restored = checkpoints.restore_last(
+      train_step.abstract_state(setup.model, _optimizer(), one_device_mesh)
+    )
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored.params))
 
 
 def test_a_loss_that_is_not_finite_in_a_step_that_saves_is_not_saved(train, tmp_path):
-  schedule = dataclasses.replace(SCHEDULE, checkpoint_every=8, evaluate_every=NUM_STEPS)
+  class PoisonedSave(_PoisonedMixture):
+    poisoned_step = 6
+
+  training = dataclasses.replace(TRAINING, num_checkpoints=2, num_evaluations=1)
+  assert training.checkpoint_every(NUM_STEPS) == PoisonedSave.poisoned_step
   with pytest.raises(loop.LossIsNotFiniteError, match="good checkpoint is of step None"):
-    train(tmp_path, schedule=schedule, kind=_PoisonedMixture)
+    train(tmp_path, training=training, kind=PoisonedSave)
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
 PATIENT = dataclasses.replace(
-  SCHEDULE, evaluate_every=1, checkpoint_every=NUM_STEPS, keep=1, patience=3
+  TRAINING, num_evaluations=NUM_STEPS, num_checkpoints=1, keep=1, patience=3
 )
-# The best is of step 2; after three that are no better the run stops, at step 5.
+# Step 2 is the best; after three that are no better the run stops, at step 5.
 LOSSES = [9.0, 5.0, 3.0, 4.0, 3.0, 3.5]
 
 
 def test_early_stopping_gives_the_best_parameters(train, tmp_path):
   evaluate = _Scripted(LOSSES)
-  result = train(tmp_path, schedule=PATIENT, evaluate=evaluate)
+  result = train(tmp_path, training=PATIENT, evaluate=evaluate)
   assert (result.step, result.steps_made) == (2, 5)
   assert [r["validation/loss"] for r in result.curve if "validation/loss" in r] == LOSSES
   _assert_same(result.params, evaluate.seen[2])
-  again = train(tmp_path, schedule=PATIENT, evaluate=_Scripted([]))
+  again = train(tmp_path, training=PATIENT, evaluate=_Scripted([]))
   assert (again.step, again.steps_made) == (2, 5)
   _assert_same(again.params, result.params)
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
@@ -243,23 +273,27 @@ def test_early_stopping_is_the_same_after_a_resume(train, tmp_path, monkeypatch,
   before, after = _Scripted(LOSSES[: stop + 1]), _Scripted(LOSSES[stop + 1 :])
   _stop_at(monkeypatch, stop)
   with pytest.raises(preemption.Preempted):
-    train(tmp_path, schedule=PATIENT, evaluate=before)
-  result = train(tmp_path, schedule=PATIENT, evaluate=after)
+    train(tmp_path, training=PATIENT, evaluate=before)
+  result = train(tmp_path, training=PATIENT, evaluate=after)
   assert (result.step, result.steps_made) == (2, 5)
   assert [r["validation/loss"] for r in result.curve if "validation/loss" in r] == LOSSES
   _assert_same(result.params, (before.seen + after.seen)[2])
 
 
-def test_a_run_begins_from_the_parameters_it_is_given_and_leaves_them_alive(
-  train, tmp_path, make_setup, one_device_mesh
+def test_a_run_starts_from_given_parameters_and_does_not_donate_them(
+  train, tmp_path, setup, one_device_mesh, monkeypatch
 ):
-  first = make_setup().state(one_device_mesh, seed=5).params
-  one_step = dataclasses.replace(SCHEDULE, num_steps=1)  # the rate of the first step is 0
-  result = train(tmp_path, schedule=one_step, initial_params=first)
-  _assert_same(result.params, first)
+  first = setup.state(one_device_mesh, seed=5).params
+  _stop_at(monkeypatch, 1)
+  with pytest.raises(preemption.Preempted):
+    train(tmp_path, initial_params=first)
+  with checkpoint.Checkpoints(tmp_path / "checkpoints", keep=None) as checkpoints:
+    saved = checkpoints.restore_params(1, setup.abstract(one_device_mesh).params)
+  _assert_same(saved, first)  # the learning rate of the first step is 0
 
 
-def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_uninterrupted_one(tmp_path, start_job):
+@pytest.mark.slow
+def test_a_run_killed_in_a_step_and_in_a_save_ends_the_same(tmp_path, start_job):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
 
   def saving():

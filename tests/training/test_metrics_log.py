@@ -15,7 +15,7 @@ def _write(folder, steps, from_step=0):
 
 
 def _scalars(folder):
-  """(tag, step, value) of what stands in the TensorBoard files."""
+  """Reads (tag, step, value) from the TensorBoard files."""
   found = set()
   for path in (folder / "tensorboard").iterdir():
     data = path.read_bytes()
@@ -27,7 +27,7 @@ def _scalars(folder):
   return found
 
 
-def test_every_record_is_a_line_with_its_step_and_survives_to_the_last_digit(tmp_path):
+def test_every_record_is_a_line_with_its_step_and_all_digits(tmp_path):
   log = _write(tmp_path, range(3))
   assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == log.records
   assert log.records[2] == {"step": 2, "train/loss": 0.2, "train/tokens": 100.0}
@@ -35,20 +35,20 @@ def test_every_record_is_a_line_with_its_step_and_survives_to_the_last_digit(tmp
   assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
 
 
-def test_going_on_drops_the_steps_that_are_made_again_and_gives_the_same_bytes(tmp_path):
+def test_a_resumed_log_drops_later_steps_and_ends_with_the_same_bytes(tmp_path):
   whole, resumed = tmp_path / "whole", tmp_path / "resumed"
   for folder in (whole, resumed):
     folder.mkdir()
   _write(whole, range(1, 9))
   _write(resumed, range(1, 7))
   with (resumed / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 7, "train/lo')  # torn by a crash
+    file.write('{"step": 7, "train/lo')  # cut off by a crash
   log = _write(resumed, range(5, 9), from_step=4)
   assert (resumed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
   assert [record["step"] for record in log.records] == list(range(1, 9))
 
 
-def test_a_torn_last_line_is_left_out_and_an_absent_file_is_empty(tmp_path):
+def test_a_cut_off_last_line_is_ignored_and_a_missing_file_is_empty(tmp_path):
   assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == []
   (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
   assert metrics_log.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
@@ -63,7 +63,7 @@ def test_the_last_loss_is_the_newest_training_loss(tmp_path):
   log.close()
 
 
-def test_tensorboard_gets_the_same_numbers_and_speeds_that_the_file_does_not(tmp_path):
+def test_tensorboard_gets_the_same_numbers_and_the_speeds_too(tmp_path):
   log = metrics_log.MetricsLog(tmp_path, from_step=0)
   log.write(1, {"train/loss": 2.5})
   log.write(2, {"train/loss": 2.25}, board=False)
@@ -79,14 +79,14 @@ def test_tensorboard_gets_the_same_numbers_and_speeds_that_the_file_does_not(tmp
   assert speed == {"step": 2, "tokens_per_second": 1000.0, "goodput": 0.5, "mfu": None}
 
 
-def test_a_process_beside_the_main_one_remembers_and_writes_nothing(tmp_path):
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
   log = metrics_log.MetricsLog(tmp_path, from_step=0)
   log.write(1, {"train/loss": 2.5})
   log.close()
   before = (tmp_path / "metrics.jsonl").read_bytes()
-  beside = metrics_log.MetricsLog(tmp_path, from_step=1, writes=False)
-  beside.write(2, {"train/loss": 2.0})
-  beside.write_speed(2, {"tokens_per_second": 1e3, "goodput": 0.5, "mfu": None})
-  beside.close()
-  assert [r["step"] for r in beside.records] == [1, 2]
+  other = metrics_log.MetricsLog(tmp_path, from_step=1, writes=False)
+  other.write(2, {"train/loss": 2.0})
+  other.write_speed(2, {"tokens_per_second": 1e3, "goodput": 0.5, "mfu": None})
+  other.close()
+  assert [r["step"] for r in other.records] == [1, 2]
   assert (tmp_path / "metrics.jsonl").read_bytes() == before

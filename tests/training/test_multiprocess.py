@@ -1,4 +1,4 @@
-"""Several real processes as one job, on CPU with gloo: training, saving, and what ends them."""
+"""Real processes train as one job on CPU, with gloo; some are killed, stopped or stuck."""
 
 import json
 import os
@@ -10,9 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from selfimprove_jax import partitioning
+from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.training import checkpoint
 from selfimprove_jax.training.metrics_log import read_metrics
+
+pytestmark = pytest.mark.slow
 
 NUM_STEPS = 12
 
@@ -27,7 +29,7 @@ def start(start_job):
   return lambda *args, **options: start_job(*args, **({"num_steps": NUM_STEPS} | options))
 
 
-def test_processes_and_their_number_change_neither_the_data_nor_the_losses(tmp_path, start):
+def test_the_number_of_processes_changes_neither_the_data_nor_the_losses(tmp_path, start):
   alone = _losses(start(tmp_path / "1x4", num_devices=4))
   assert len(alone) == NUM_STEPS
   for num_processes in (2, 4):
@@ -37,19 +39,19 @@ def test_processes_and_their_number_change_neither_the_data_nor_the_losses(tmp_p
       )
     )
     np.testing.assert_allclose(together, alone, rtol=1e-5)
-  # Over both processes: each gets every row, and half of every matrix.
+  # With `tensor` over both processes each gets every row, and half of every matrix.
   tensor = start(tmp_path / "tensor", num_processes=2, mesh=dict(data=1, fsdp=1, tensor=2))
   np.testing.assert_allclose(_losses(tensor), alone, rtol=1e-5)
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes_and_on_another_mesh(
+def test_a_run_resumes_with_another_number_of_processes_and_another_mesh(
   tmp_path, start, make_setup
 ):
   whole = _losses(start(tmp_path / "whole"))
   first = start(tmp_path / "a", num_processes=2, num_devices=2)
   first.wait_until(lambda: (tmp_path / "a" / "checkpoints" / "3").exists())
   first.kill()
-  # What two processes saved, on meshes of the eight devices of this one.
+  # Two processes saved it; this one restores it on meshes of its eight devices.
   for index, (fsdp, tensor) in enumerate([(8, 1), (4, 2), (2, 4)]):
     mesh = partitioning.make_mesh(data=1, fsdp=fsdp, tensor=tensor)
     folder = shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / f"copy-{index}")
@@ -66,7 +68,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes_and_on_another_mesh(
     np.testing.assert_allclose(_losses(start(folder, **options)), whole, rtol=1e-5)
 
 
-def test_two_processes_that_save_in_a_bucket_are_killed_and_go_on_there(
+def test_two_processes_that_save_in_a_bucket_are_killed_and_resume_there(
   tmp_path, start, bucket, emulator
 ):
   options = dict(num_processes=2, num_devices=2)
@@ -74,7 +76,7 @@ def test_two_processes_that_save_in_a_bucket_are_killed_and_go_on_there(
   _losses(whole)
   options |= dict(run_folder=str(bucket), environment=emulator)
   first = start(tmp_path / "first", **options)
-  first.wait_until(lambda: (bucket / "checkpoints" / "6").exists())  # 3 is whole, 6 may be
+  first.wait_until(lambda: (bucket / "checkpoints" / "6").exists())  # 3 is complete, 6 may be
   first.kill()
   assert (then := start(tmp_path / "then", **options)).end() == [0, 0], then.log()
   assert read_metrics(bucket / "metrics.jsonl") == read_metrics(whole.folder / "metrics.jsonl")
@@ -95,7 +97,7 @@ def test_sigterm_to_one_process_saves_on_all(tmp_path, start):
   assert [r for r in found if r["step"] <= shared][1:5] == expected[1:5]
 
 
-def test_the_others_end_when_a_process_is_killed_and_the_job_goes_on_bit_by_bit(tmp_path, start):
+def test_the_others_end_when_one_is_killed_and_the_job_resumes_bit_by_bit(tmp_path, start):
   whole = start(tmp_path / "whole", num_processes=2, num_steps=40)
   job = start(tmp_path / "killed", num_processes=2, num_steps=40, heartbeat_seconds=10)
   job.wait_until(lambda: job.num_steps() > 8)
@@ -110,17 +112,17 @@ def test_the_others_end_when_a_process_is_killed_and_the_job_goes_on_bit_by_bit(
     assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
-def test_a_process_that_is_alive_but_stuck_ends_the_job_with_a_message(tmp_path, start):
+def test_a_stuck_process_ends_the_job_with_a_message(tmp_path, start):
   job = start(tmp_path / "stuck", num_processes=2, hang_seconds=12, stuck=(1, 6))
   began = time.monotonic()
   codes = job.end(timeout=90)
   assert 0 not in codes
   assert time.monotonic() - began < 60
-  assert "did not go on for 12 s" in job.log()
+  assert "made no progress for 12 s" in job.log()
   assert "--hang_seconds" in job.log()
 
 
-def test_a_process_that_stopped_answering_ends_the_job_with_a_message(tmp_path, start):
+def test_a_process_that_stops_answering_ends_the_job_with_a_message(tmp_path, start):
   job = start(tmp_path / "silent", num_processes=2, num_steps=4000, heartbeat_seconds=10)
   job.wait_until(lambda: job.num_steps() > 5)
   os.kill(job.processes[1].pid, signal.SIGSTOP)

@@ -4,7 +4,7 @@ from selfimprove_jax.training import speed
 
 
 class _Time:
-  """A clock that is set by hand."""
+  """A fake clock that the test sets."""
 
   def __init__(self):
     self.now = 100.0
@@ -21,7 +21,7 @@ def time(monkeypatch):
 
 
 def _run(time, peak):
-  """A second of compiling, four steps of 1, 1, 2 and 1 s, and 3 s of an evaluation in between."""
+  """Runs 1 s of compilation, steps of 1, 1, 2 and 1 s, and 3 s of evaluation in between."""
   clock = speed.Clock(step_tokens=50, flops_per_token=6.0, peak=peak)
   with clock.lost_to("compile"):
     time.now += 1
@@ -36,7 +36,7 @@ def _run(time, peak):
   return clock
 
 
-def test_steps_are_timed_without_what_is_lost_and_the_shares_are_of_all_the_time(time):
+def test_steps_are_timed_without_lost_time_and_shares_are_of_all_time(time):
   found = _run(time, (1000.0, "an abacus")).summary()
   assert found["tokens_per_second"] == 4 * 50 / 5
   assert found["mfu"] == pytest.approx(40 * 6 / 1000)
@@ -47,11 +47,11 @@ def test_steps_are_timed_without_what_is_lost_and_the_shares_are_of_all_the_time
   )
 
 
-def test_the_last_steps_can_be_asked_for_alone(time):
+def test_the_summary_can_be_of_the_last_steps_only(time):
   assert _run(time, None).summary(last_steps=2)["tokens_per_second"] == 2 * 50 / 3
 
 
-def test_without_a_peak_there_is_no_utilisation_and_without_steps_no_line(time):
+def test_without_a_peak_there_is_no_mfu_and_without_steps_no_line(time):
   clock = _run(time, None)
   assert clock.summary()["mfu"] is None
   assert "MFU" not in clock.line()

@@ -1,0 +1,238 @@
+"""Chat templates: rendering messages to the token ids of a prompt."""
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from selfimprove_jax.data.tokenizer import Tokenizer
+from selfimprove_jax.language_models.protocol import ROLES
+
+PLAIN = "plain"
+# For base models, which never saw a chat: role names, and an empty line between the turns.
+_PLAIN_SOURCE = (
+  "{{ bos_token if bos_token is defined }}"
+  "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n\n"
+  "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_PLAIN_STOPS = ("\n\nUser:", "\n\nSystem:")
+
+
+class ChatTemplate:
+  """A model's chat template, rendered in Jinja's sandbox without prompt injection.
+
+  Special tokens in the template become special tokens. In a message they never do: a user's
+  "<|im_end|>" is encoded as its ten characters. The same holds for added tokens that are not
+  special but appear in the template, such as `<think>`, except in the assistant's messages, which
+  may hold what the model itself wrote.
+
+  Differs from transformers' `apply_chat_template`, which it otherwise equals: `strftime_now` is not
+  defined, so a prompt does not depend on the date. Templates that test for it fall back to a fixed
+  date.
+
+  Attributes:
+    stop_ids: token ids that end a reply: the ends of sequence, and the end of a turn.
+    stop_strings: texts that end a reply.
+  """
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    source: str | None,
+    *,
+    special_tokens: Mapping[str, str],
+    eos_ids: Sequence[int],
+  ) -> None:
+    """Compiles a template.
+
+    Args:
+      source: Jinja source, or `PLAIN` for turns that begin with the role's name; None is refused.
+      special_tokens: variables of the template (`bos_token`, ...).
+    """
+    if source is None:
+      raise ValueError(
+        f"the model has no chat template: name a file with one, or {PLAIN!r} for turns that begin "
+        f"with role names (a model that was not trained on chats may answer anything)"
+      )
+    self.tokenizer = tokenizer
+    self.stop_strings: tuple[str, ...] = _PLAIN_STOPS if source == PLAIN else ()
+    source = _PLAIN_SOURCE if source == PLAIN else source
+    self._special_tokens = dict(special_tokens)
+    self._template = _compile(source)
+    self._encoder = _Encoder(tokenizer, source)
+    self.stop_ids = self._find_stop_ids(tuple(eos_ids))
+
+  def render(
+    self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+  ) -> list[int]:
+    """Returns the token ids of a conversation.
+
+    Args:
+      messages: `{"role": ..., "content": ...}`; content is a text or a list of parts
+        `{"type": "text", "text": ...}`, which are joined. The role `developer` becomes `system`.
+      add_generation_prompt: append what precedes the assistant's next message.
+
+    Raises:
+      ValueError: the messages are not supported, or the template rejects them, with its reason.
+    """
+    import jinja2
+
+    if not messages:
+      raise ValueError("messages is empty; at least one message is needed")
+    marked = [self._mark(index, message) for index, message in enumerate(messages)]
+    try:
+      text = self._template.render(
+        messages=marked, add_generation_prompt=add_generation_prompt, **self._special_tokens
+      )
+    except (jinja2.TemplateError, TypeError, KeyError, OverflowError) as error:
+      raise ValueError(f"the chat template refuses these messages: {error}") from error
+    return self._encoder.encode(text)
+
+  def _mark(self, index: int, message: Mapping[str, Any]) -> dict[str, str]:
+    """Returns a message whose spelled control tokens are replaced by marks."""
+    role = message.get("role")
+    if role not in ROLES:
+      raise ValueError(f"messages[{index}] has role {role!r}; supported are {', '.join(ROLES)}")
+    mark = self._encoder.mark_special if role == "assistant" else self._encoder.mark_all
+    marked = {
+      "role": "system" if role == "developer" else role,
+      "content": mark(_content_text(index, message.get("content"))),
+    }
+    if isinstance(message.get("name"), str):
+      marked["name"] = self._encoder.mark_all(message["name"])
+    return marked
+
+  def _find_stop_ids(self, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the ends of sequence and the control token that follows an assistant's message."""
+    user = {"role": "user", "content": "a"}
+    try:
+      # Two conversations that differ in the answer alone: their common suffix follows the answer.
+      one, other = (
+        self.render([user, {"role": "assistant", "content": content}], add_generation_prompt=False)
+        for content in "bc"
+      )
+    except ValueError:  # the template has no assistant messages
+      return eos_ids
+    after = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1]))
+    ends = [token for token, _ in after if self._encoder.is_control(token)][-1:]
+    return tuple(dict.fromkeys([*eos_ids, *ends]))
+
+
+def _content_text(index: int, content: Any) -> str:
+  if isinstance(content, str):
+    return content
+  if isinstance(content, list) and all(
+    isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    for part in content
+  ):
+    return "".join(part["text"] for part in content)
+  given = json.dumps(content, default=repr)[:100]
+  raise ValueError(
+    f"messages[{index}].content is {given}; supported are a string and a list of "
+    f'{{"type": "text", "text": ...}}'
+  )
+
+
+def _compile(source: str) -> Any:
+  """Returns the Jinja template, with the extensions that chat templates use."""
+  import jinja2
+  import jinja2.ext
+  import jinja2.sandbox
+
+  class Generation(jinja2.ext.Extension):
+    """Renders `{% generation %}`, which marks the text that is trained on, as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+      next(parser.stream)
+      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+  def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+  # A template comes with a stranger's checkpoint: the sandbox blocks its way to Python's objects.
+  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+  )
+  environment.filters["tojson"] = _to_json
+  environment.globals["raise_exception"] = raise_exception
+  try:
+    return environment.from_string(source)
+  except jinja2.TemplateError as error:
+    raise ValueError(f"the chat template is not valid Jinja: {error}") from error
+
+
+def _to_json(
+  value: Any,
+  indent: int | None = None,
+  ensure_ascii: bool = False,
+  separators: Any = None,
+  sort_keys: bool = False,
+) -> str:
+  # Jinja's own filter escapes for HTML.
+  return json.dumps(
+    value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
+  )
+
+
+class _Encoder:
+  """Encodes rendered text; control tokens that messages spelled out become plain text.
+
+  Before rendering, each spelled control token is replaced by a mark. The marks are special tokens
+  of a copy of the tokenizer, so they survive encoding, and are then replaced by the token ids of
+  the spelling.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, source: str) -> None:
+    self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    self._backend.encode_special_tokens = False
+    added = tokenizer.backend.get_added_tokens_decoder()
+    special = {token.content for token in added.values() if token.special}
+    named = {token.content for token in added.values() if token.content in source}
+    self._control_ids = {id_ for id_, token in added.items() if token.content in special | named}
+    # A mark is a number between two noncharacters of Unicode. A message that forges a mark only
+    # gets the spelling of a control token, as plain text, which is harmless.
+    self._marks = {
+      content: f"\ufdd0{number}\ufdd1" for number, content in enumerate(sorted(special | named))
+    }
+    self._backend.add_special_tokens(
+      [tokenizers.AddedToken(mark, special=True, normalized=False) for mark in self._marks.values()]
+    )
+    self._spelled = {
+      self._backend.token_to_id(mark): _spell(tokenizer, content)
+      for content, mark in self._marks.items()
+    }
+    # The marks' ids come after the tokenizer's own, so no ordinary token is replaced.
+    assert not self._spelled or min(self._spelled) >= tokenizer.vocab_size
+    self._special, self._all = any_of(special), any_of(special | named)
+
+  def mark_special(self, text: str) -> str:
+    return self._special.sub(lambda match: self._marks[match[0]], text)
+
+  def mark_all(self, text: str) -> str:
+    return self._all.sub(lambda match: self._marks[match[0]], text)
+
+  def encode(self, text: str) -> list[int]:
+    ids = self._backend.encode(text, add_special_tokens=False).ids
+    return [out for id_ in ids for out in self._spelled.get(id_, (id_,))]
+
+  def is_control(self, token: int) -> bool:
+    return token in self._control_ids
+
+
+def any_of(texts: Sequence[str] | set[str]) -> re.Pattern[str]:
+  """Returns a pattern that matches any of some texts, and the longest one at each position."""
+  longest_first = sorted(texts, key=len, reverse=True)
+  return re.compile("|".join(re.escape(text) for text in longest_first) or "(?!)")
+
+
+def _spell(tokenizer: Tokenizer, content: str) -> tuple[int, ...]:
+  """Returns ids of a token's characters, none of which is the token's own id."""
+  ids = tokenizer.encode(content)
+  if tokenizer.backend.token_to_id(content) in ids:  # the tokenizer merges it back into one token
+    ids = [*tokenizer.encode(content[:1]), *tokenizer.encode(content[1:])]
+  return tuple(ids)

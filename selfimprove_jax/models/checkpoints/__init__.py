@@ -1,0 +1,45 @@
+"""Pretrained checkpoints: Hugging Face folders, GGUF files, orbax folders, trained stages."""
+
+import os
+import pathlib
+
+from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
+from selfimprove_jax.models.checkpoints.gguf import GgufCheckpoint
+from selfimprove_jax.models.checkpoints.hf import HfCheckpoint
+from selfimprove_jax.models.checkpoints.hf_config import CONFIG_FILE
+from selfimprove_jax.models.checkpoints.params_checkpoint import MODEL_FILE, ParamsCheckpoint
+from selfimprove_jax.models.checkpoints.stage import StageCheckpoint
+from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
+
+__all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | os.PathLike, *, step: int | None = None) -> Checkpoint:
+  """Opens the pretrained model at a path; loads no weights.
+
+  Args:
+    path: a Hugging Face folder, a .gguf file, a folder of `params_checkpoint.save_params`, or the
+      folder of a stage that trained a model.
+    step: the training step of a stage to open; None is the step that the stage chose.
+
+  Raises:
+    ValueError: there is no model at the path, or no such step.
+    artifacts.ArtifactError: the stage is unfinished or damaged.
+  """
+  path = pathlib.Path(path)
+  # Before Hugging Face: a stage has a config.json too.
+  is_stage = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
+  if is_stage and not any(path.glob("*.safetensors")):
+    return StageCheckpoint(path, step=step)
+  if step is not None:
+    raise ValueError(f"step={step} is for a trained stage of a run, which {path} is not")
+  if path.is_file() and path.suffix == ".gguf":
+    return GgufCheckpoint(path)
+  if (path / MODEL_FILE).is_file():
+    return ParamsCheckpoint(path)
+  if (path / CONFIG_FILE).is_file():
+    return HfCheckpoint(path)
+  raise ValueError(
+    f"{path} holds no model: it is neither a .gguf file nor a folder with {CONFIG_FILE} (Hugging "
+    f"Face), {MODEL_FILE} (parameters in orbax) or manifest.json (a trained stage of a run)"
+  )

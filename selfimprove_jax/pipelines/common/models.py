@@ -1,0 +1,238 @@
+"""Stages that train a model, and what other stages need to train one or to load one."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from jax.sharding import Mesh
+from pydantic import Field
+
+from selfimprove_jax.data import mixture as mixtures
+from selfimprove_jax.data import rows
+from selfimprove_jax.evaluation import perplexity
+from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
+from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
+from selfimprove_jax.pipelines.common.text import open_tokenizer
+from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runs.stage import Context
+from selfimprove_jax.runtime import config as configs
+from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.runtime.config import section
+from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.training import checkpoint, loop, losses
+from selfimprove_jax.training.config import TrainingConfig
+
+# Subsets of the real documents; a mixture may also draw from synthetic sources.
+REAL = ("unique", "oracle")
+
+
+@section
+class EvaluationConfig:
+  """How held-out rows are scored.
+
+  Attributes:
+    batch_rows: rows per batch, over all devices.
+    max_validation_rows: rows scored between training steps.
+  """
+
+  batch_rows: Annotated[int, Field(ge=1)]
+  max_validation_rows: Annotated[int, Field(ge=1)]
+
+
+@section
+class PretrainConfig:
+  """A training run from random parameters.
+
+  Attributes:
+    mixture: share of each source of rows, by its name. "unique" and "oracle" are of the input
+      `tokens`, and repeat as often as the steps need; any other source is the input of that name,
+      and is not repeated.
+  """
+
+  model: LlamaConfig
+  mesh: MeshConfig
+  training: TrainingConfig
+  seq_len: int
+  num_steps: Annotated[int, Field(ge=1)]
+  mixture: dict[str, float]
+  weight_decay: Annotated[float, Field(ge=0)]
+  evaluation: EvaluationConfig
+  seed: int
+
+
+@section
+class PretrainAllInConfig(PretrainConfig):
+  """A training run that is longer than `num_steps` by the cost of other stages.
+
+  Attributes:
+    matched_inputs: inputs whose FLOPs, added up, are spent on additional steps.
+  """
+
+  matched_inputs: tuple[str, ...]
+
+
+def pretrain(context: Context, config: PretrainConfig) -> dict[str, Any]:
+  """Trains a seed model or an arm from scratch; writes the loss of each test document."""
+  tokens = context.inputs["tokens"]
+
+  def open_rows(artifact: artifacts.Artifact, prefix: str) -> rows.RowSource:
+    return rows.open_rows(artifact, seq_len=config.seq_len, prefix=prefix)
+
+  components = []
+  for name, weight in config.mixture.items():
+    is_real = name in REAL
+    artifact, prefix = (tokens, f"{name}.") if is_real else (context.inputs[name], "rows.")
+    source = open_rows(artifact, prefix)
+    components.append(mixtures.Component(name, source, weight, repeat=is_real))
+  mesh = config.mesh.make()
+  summary, params = train(
+    context,
+    model_config=config.model,
+    mesh=mesh,
+    training=config.training,
+    seq_len=config.seq_len,
+    num_steps=config.num_steps,
+    components=components,
+    validation=open_rows(tokens, "validation."),
+    weight_decay=config.weight_decay,
+    evaluation=config.evaluation,
+    seed=config.seed,
+  )
+  test = open_rows(tokens, "test.")
+  found = document_losses(context, config.model, mesh, params, test, config.evaluation)
+  context.writer.write_jsonl("test.jsonl", loss_records(found))
+  return summary
+
+
+def pretrain_all_in(context: Context, config: PretrainAllInConfig) -> dict[str, Any]:
+  """Trains an arm for `num_steps` and for the FLOPs that `matched_inputs` cost."""
+  step_tokens = config.training.batch_rows * config.seq_len
+  step_flops = step_tokens * config.model.train_flops_per_token(config.seq_len)
+  cost = sum(context.inputs[name].summary["flops"] for name in config.matched_inputs)
+  num_steps = config.num_steps + round(cost / step_flops)
+  return pretrain(context, dataclasses.replace(config, num_steps=num_steps))
+
+
+def train(
+  context: Context,
+  *,
+  model_config: LlamaConfig,
+  mesh: Mesh,
+  training: TrainingConfig,
+  seq_len: int,
+  num_steps: int,
+  components: list[mixtures.Component],
+  validation: rows.RowSource,
+  weight_decay: float,
+  evaluation: EvaluationConfig,
+  seed: int,
+  initial_params: Any = None,
+  loss: losses.Loss | None = None,
+) -> tuple[dict[str, Any], Any]:
+  """Runs the training loop in a stage's folder; returns the summary and the resulting parameters.
+
+  Args:
+    loss: what is minimized; None for the next-token loss.
+  """
+  vocab_size = context.inputs["tokenizer"].summary["vocab_size"]
+  if vocab_size > model_config.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={model_config.vocab_size} must be at least the tokenizer's {vocab_size}"
+    )
+  partitioning.check_batch(
+    training.batch_rows, mesh, accumulation_steps=training.accumulation_steps
+  )
+  process_index, process_count = partitioning.process_rows(mesh)
+  mixture = mixtures.Mixture(
+    components,
+    batch_size=training.batch_rows,
+    num_steps=num_steps,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )
+  model = Llama(model_config)
+  scorer = perplexity.RowScorer(
+    model,
+    mesh,
+    validation,
+    batch_size=evaluation.batch_rows,
+    max_rows=evaluation.max_validation_rows,
+  )
+  result = loop.train(
+    folder=context.folder,
+    model=model,
+    loss=loss or losses.next_token_loss(model),
+    mesh=mesh,
+    training=training,
+    num_steps=num_steps,
+    weight_decay=weight_decay,
+    mixture=mixture,
+    evaluate=scorer.mean,
+    seed=seed,
+    label=context.name,
+    progress=context.progress,
+    initial_params=initial_params,
+  )
+  context.writer.write_jsonl("curve.jsonl", result.curve)
+  # Step 0 is the start of the run, and never its result.
+  evaluations = [r for r in result.curve if "validation/loss" in r and r["step"] > 0]
+  tokens = result.steps_made * training.batch_rows * seq_len
+  summary = {
+    "model": configs.to_json(model_config),
+    "num_parameters": model_config.num_parameters,
+    "step": result.step,
+    "steps_made": result.steps_made,
+    "checksums": checksums(result.params),
+    "tokens": tokens,
+    "flops": tokens * model_config.train_flops_per_token(seq_len),
+    "passes": mixture.passes(result.steps_made),
+    "best_validation": min(r["validation/loss"] for r in evaluations),
+    "final_validation": evaluations[-1]["validation/loss"],
+  }
+  return summary, result.params
+
+
+def load_model(artifact: artifacts.Artifact, mesh: Mesh) -> tuple[Llama, Any]:
+  """Loads the model of a trained stage, without dropout, and its parameters onto a mesh.
+
+  Raises:
+    artifacts.ArtifactError: the parameters are missing, damaged, or not those of the summary.
+  """
+  summary = artifact.summary
+  config = configs.parse(LlamaConfig, {**summary["model"], "dropout_rate": 0.0})
+  model = Llama(config)
+  with checkpoint.Checkpoints(artifact.folder / "checkpoints", keep=None) as saved:
+    try:
+      params = saved.restore_params(summary["step"], abstract_params(model, mesh))
+    except DamagedCheckpointError as error:
+      raise artifacts.ArtifactError(
+        f"{error}. Delete the folder {artifact.folder} and run the same command again"
+      ) from error
+  if checksums(params) != summary["checksums"]:
+    raise artifacts.ArtifactError(
+      f"the parameters in {artifact.folder} differ from those of its manifest; delete the folder "
+      f"and run the same command again"
+    )
+  return model, params
+
+
+def document_losses(
+  context: Context,
+  model_config: LlamaConfig,
+  mesh: Mesh,
+  params: Any,
+  source: rows.RowSource,
+  evaluation: EvaluationConfig,
+) -> perplexity.DocumentLosses:
+  """Scores every document of packed rows; decodes targets with the input `tokenizer`."""
+  scorer = perplexity.RowScorer(Llama(model_config), mesh, source, batch_size=evaluation.batch_rows)
+  return scorer.documents(params, open_tokenizer(context.inputs["tokenizer"]))
+
+
+def loss_records(found: perplexity.DocumentLosses) -> Iterator[dict[str, Any]]:
+  """Yields the loss, tokens and bytes of each document, as JSON."""
+  for nll, num_tokens, num_bytes in zip(
+    found.nll_sums.tolist(), found.token_counts.tolist(), found.byte_counts.tolist()
+  ):
+    yield {"nll": nll, "tokens": num_tokens, "bytes": num_bytes}

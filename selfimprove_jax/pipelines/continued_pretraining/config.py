@@ -1,0 +1,112 @@
+"""Config of continued pretraining."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfimprove_jax.data.tokenizer import SpecialTokens, TokenizerConfig
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.pipelines.common import planning
+from selfimprove_jax.pipelines.common.models import EvaluationConfig
+from selfimprove_jax.pipelines.common.text import CorpusConfig
+from selfimprove_jax.pipelines.continued_pretraining.stages import (
+  ExportConfig,
+  TuningConfig,
+)
+from selfimprove_jax.runs.runner import RuntimeConfig
+from selfimprove_jax.runtime.config import section
+from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.training.config import TrainingConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@section
+class CheckpointInitialConfig:
+  """Start from a pretrained checkpoint, with its own tokenizer.
+
+  Attributes:
+    path: a Hugging Face folder, a GGUF file, or an orbax folder of `save_params`.
+    special_tokens: roles that the tokenizer does not define itself.
+  """
+
+  kind: Literal["checkpoint"] = "checkpoint"
+  path: str
+  special_tokens: SpecialTokens = SpecialTokens()
+
+
+@section
+class PretrainInitialConfig:
+  """Start from a model that is pretrained first, on the replay text, with its tokenizer."""
+
+  kind: Literal["pretrain"] = "pretrain"
+  tokenizer: TokenizerConfig
+  training: TrainingConfig
+  total_tokens: Count
+  weight_decay: Annotated[float, Field(ge=0)]
+  dropout_rate: Annotated[float, Field(ge=0, lt=1)]
+
+
+InitialConfig = Annotated[
+  CheckpointInitialConfig | PretrainInitialConfig, Field(discriminator="kind")
+]
+
+
+@section
+class TokensConfig:
+  """Token budgets of the two corpora; see `text.RowsConfig`.
+
+  Each takes the first documents up to its budget, or all there are. Their order is random, so a
+  smaller budget is a random part of a larger one (the scaling curves of the paper).
+  """
+
+  new_text_tokens: Count
+  replay_tokens: Count
+  batch_documents: Count
+
+
+@section
+class Config:
+  """Config of the pipeline.
+
+  Attributes:
+    seed: of the trainings.
+    split_seed: of the choice of held-out documents. Runs that differ in `seed` alone are scored on
+      the same documents.
+    seq_len: tokens of a row.
+    model: the model to train; a checkpoint must have its shape.
+    training: of the continued pretraining; `initial.training` is that of the pretraining.
+  """
+
+  pipeline: Literal["continued_pretraining"]
+  title: str
+  runtime: RuntimeConfig
+  seed: Seed
+  split_seed: Seed
+  seq_len: Annotated[int, Field(ge=2)]
+  mesh: MeshConfig
+  initial: InitialConfig
+  new_text: CorpusConfig
+  replay: CorpusConfig
+  tokens: TokensConfig
+  model: LlamaConfig
+  training: TrainingConfig
+  tuning: TuningConfig
+  evaluation: EvaluationConfig
+  export: ExportConfig
+
+  def __post_init__(self) -> None:
+    planning.check_model(self.model, dropout_knob="tuning.dropout_rate")
+    for name, corpus in self.corpora.items():
+      planning.check_holds_out(f"{name}.split", corpus.split)
+    if isinstance(self.initial, PretrainInitialConfig):
+      planning.check_vocabulary("initial.tokenizer", self.initial.tokenizer, self.model)
+      planning.check_has_steps(
+        "initial.total_tokens", self.initial.total_tokens, self.initial.training, self.seq_len
+      )
+
+  @property
+  def corpora(self) -> dict[str, CorpusConfig]:
+    """Both corpora by the names of their stages."""
+    return {"new_text": self.new_text, "replay": self.replay}

@@ -1,0 +1,130 @@
+"""Continued pretraining on new text with replay, as a list of stages (EntiGraph; arXiv 2409.07431).
+
+  initial -> tokenizer -> new_text/documents, new_text/rows -> tuned -> export
+                          replay/documents,   replay/rows
+
+The model learns the new text: in the paper, texts that are synthesized about a small corpus. Replay
+is text like that of its pretraining, mixed in to reduce forgetting. Some documents of both are held
+out and scored before and after.
+
+The initial model is a checkpoint with its own tokenizer or, where none is at hand, a model that is
+pretrained first on the replay text. In that case the tokenizer is trained on the replay text too,
+and both stages come after its documents and rows.
+"""
+
+import dataclasses
+
+from selfimprove_jax.pipelines.common import models, planning, text
+
+# The module. Once the package is imported, its name `stages` is the function below.
+from selfimprove_jax.pipelines.continued_pretraining import stages as cpt
+from selfimprove_jax.pipelines.continued_pretraining.config import (
+  CheckpointInitialConfig,
+  Config,
+  PretrainInitialConfig,
+)
+from selfimprove_jax.pipelines.continued_pretraining.stages import CORPORA
+from selfimprove_jax.runs.stage import Plan, Stage
+
+
+def stages(config: Config) -> list[Stage]:
+  """Returns the stages, each after those it reads."""
+  c = config
+  documents = [
+    Stage(
+      f"{name}/documents",
+      text.documents,
+      text.DocumentsConfig(corpus=corpus, seed=c.split_seed),
+    )
+    for name, corpus in c.corpora.items()
+  ]
+  rows = [_rows(c, name) for name in CORPORA]
+  if isinstance(c.initial, CheckpointInitialConfig):
+    made = [*_checkpoint(c, c.initial), *documents, *rows]
+  else:
+    tokenizer = Stage(
+      "tokenizer", text.tokenizer, c.initial.tokenizer, {"documents": "replay/documents"}
+    )
+    made = [*documents, tokenizer, *rows, _pretraining(c, c.initial)]
+  return [*made, _tuned(c), _export(c)]
+
+
+def _checkpoint(c: Config, initial: CheckpointInitialConfig) -> list[Stage]:
+  return [
+    Stage("initial", cpt.initial, cpt.InitialStageConfig(path=initial.path, model=c.model)),
+    Stage(
+      "tokenizer",
+      cpt.tokenizer,
+      cpt.TokenizerStageConfig(special_tokens=initial.special_tokens),
+      {"initial": "initial"},
+    ),
+  ]
+
+
+def _rows(c: Config, name: str) -> Stage:
+  num_tokens = {"new_text": c.tokens.new_text_tokens, "replay": c.tokens.replay_tokens}[name]
+  rows = text.RowsConfig(
+    seq_len=c.seq_len,
+    unique_tokens=num_tokens,
+    batch_documents=c.tokens.batch_documents,
+    may_fall_short=True,
+  )
+  inputs = {"documents": f"{name}/documents", "tokenizer": "tokenizer"}
+  return Stage(f"{name}/rows", text.rows, rows, inputs, Plan(tokens=num_tokens))
+
+
+def _pretraining(c: Config, initial: PretrainInitialConfig) -> Stage:
+  model = dataclasses.replace(c.model, dropout_rate=initial.dropout_rate)
+  pretraining = models.PretrainConfig(
+    model=model,
+    mesh=c.mesh,
+    training=initial.training,
+    seq_len=c.seq_len,
+    num_steps=initial.total_tokens // (initial.training.batch_rows * c.seq_len),
+    mixture={"unique": 1.0},
+    weight_decay=initial.weight_decay,
+    evaluation=c.evaluation,
+    seed=c.seed,
+  )
+  return Stage(
+    "initial",
+    models.pretrain,
+    pretraining,
+    {"tokens": "replay/rows", "tokenizer": "tokenizer"},
+    planning.training_plan(model, initial.total_tokens, c.seq_len),
+    uses_devices=True,
+  )
+
+
+def _tuned(c: Config) -> Stage:
+  tuning = cpt.TunedStageConfig(
+    **vars(c.tuning),
+    kind=c.initial.kind,
+    model=c.model,
+    mesh=c.mesh,
+    training=c.training,
+    seq_len=c.seq_len,
+    evaluation=c.evaluation,
+    seed=c.seed,
+  )
+  num_tokens = round(c.tuning.epochs * c.tokens.new_text_tokens)
+  return Stage(
+    "tuned",
+    cpt.tuned,
+    tuning,
+    {
+      "initial": "initial",
+      "tokenizer": "tokenizer",
+      **{name: f"{name}/rows" for name in CORPORA},
+    },
+    planning.training_plan(c.model, num_tokens, c.seq_len),
+    uses_devices=True,
+  )
+
+
+def _export(c: Config) -> Stage:
+  export = cpt.ExportStageConfig(
+    **vars(c.export), kind=c.initial.kind, mesh=c.mesh, seq_len=c.seq_len
+  )
+  inputs = {"initial": "initial", "tokenizer": "tokenizer", "tuned": "tuned"}
+  return Stage("export", cpt.export, export, inputs, uses_devices=True)

@@ -1,0 +1,231 @@
+"""Stages of continued pretraining, each after the config sections that it reads."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from jax.sharding import Mesh
+from pydantic import Field
+
+from selfimprove_jax.data import mixture, rows
+from selfimprove_jax.data.tokenizer import SpecialTokens, make_tokenizer
+from selfimprove_jax.evaluation import perplexity
+from selfimprove_jax.models.checkpoints import hf_export
+from selfimprove_jax.models.llama import Llama, LlamaConfig
+from selfimprove_jax.pipelines.common import checkpoints, models
+from selfimprove_jax.pipelines.common.text import open_tokenizer
+from selfimprove_jax.runs.stage import Context
+from selfimprove_jax.runtime.config import section, to_json
+from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.training.config import TrainingConfig
+
+CORPORA = ("new_text", "replay")
+
+Kind = Literal["checkpoint", "pretrain"]
+
+
+@section
+class InitialStageConfig:
+  """Configures `initial`.
+
+  Attributes:
+    model: the model that the run is planned with; its shape must be the checkpoint's.
+  """
+
+  path: str
+  model: LlamaConfig
+
+
+def initial(context: Context, config: InitialStageConfig) -> dict[str, Any]:
+  """Records the checkpoint to start from; its weights stay where they are.
+
+  Raises:
+    ValueError: there is no model at the path, its weights can't be read, or it has another shape;
+      every difference is named.
+  """
+  del context  # the artifact is its summary
+  try:
+    return checkpoints.describe_checkpoint(config.path, changes=to_json(config.model))
+  except ValueError as error:
+    raise ValueError(f"initial.path={config.path!r}: {error}") from error
+
+
+@section
+class TokenizerStageConfig:
+  """Configures `tokenizer`."""
+
+  special_tokens: SpecialTokens
+
+
+def tokenizer(context: Context, config: TokenizerStageConfig) -> dict[str, Any]:
+  """Copies the checkpoint's tokenizer; its files as they are go to `original`.
+
+  Raises:
+    ValueError: the checkpoint has no tokenizer, or one with more ids than the model.
+  """
+  recorded = context.inputs["initial"].summary
+  opened = checkpoints.open_recorded(context.inputs["initial"])
+  files = opened.tokenizer_files()
+  special_tokens = config.special_tokens
+  made = make_tokenizer(files.backend, files.special_tokens, special_tokens, name=recorded["path"])
+  vocab_size = recorded["model"]["vocab_size"]
+  if made.vocab_size > vocab_size:
+    raise ValueError(
+      f"the tokenizer of {recorded['path']} has {made.vocab_size} ids with {special_tokens}, and "
+      f"its model {vocab_size}; give initial.special_tokens only tokens that the tokenizer has, so "
+      f"that none is added"
+    )
+  for name, write in (("tokenizer", made.save), ("original", opened.copy_tokenizer)):
+    if not context.writer.has(name):
+      with context.writer.shard(name) as (folder, counts):
+        folder.mkdir()
+        write(folder)
+        counts["records"] = made.vocab_size
+  ids = {"bos_token_id": made.bos_id, "eos_token_id": made.eos_id}
+  return {"vocab_size": made.vocab_size, "trained": False, **ids}
+
+
+@section
+class TuningConfig:
+  """Continued pretraining of the initial model.
+
+  Attributes:
+    epochs: rows trained on, over the rows of new text. Replay rows count: they replace rows of new
+      text, as in the paper, so that there are `(1 - replay_share) * epochs` passes over it.
+    replay_share: share of replay rows; exact and evenly spaced, drawn without replacement. The
+      paper draws each row with this probability, and with replacement.
+  """
+
+  epochs: Annotated[float, Field(gt=0)]
+  replay_share: Annotated[float, Field(ge=0, lt=1)]
+  weight_decay: Annotated[float, Field(ge=0)]
+  dropout_rate: Annotated[float, Field(ge=0, lt=1)]
+
+
+@section
+class TunedStageConfig(TuningConfig):
+  """Configures `tuned`.
+
+  Attributes:
+    kind: of the input `initial`: a recorded checkpoint, or a pretrained stage.
+  """
+
+  kind: Kind
+  model: LlamaConfig
+  mesh: MeshConfig
+  training: TrainingConfig
+  seq_len: int
+  evaluation: models.EvaluationConfig
+  seed: int
+
+
+def tuned(context: Context, config: TunedStageConfig) -> dict[str, Any]:
+  """Trains the initial model on new text and replay; scores both corpora before and after.
+
+  Raises:
+    ArtifactError: the checkpoint's files are not those that were recorded.
+  """
+  mesh = config.mesh.make()
+  initial_config, params = _load_initial(context, config, mesh)
+  model_config = dataclasses.replace(initial_config, dropout_rate=config.dropout_rate)
+
+  def open_rows(corpus: str, part: str) -> rows.RowSource:
+    return rows.open_rows(context.inputs[corpus], seq_len=config.seq_len, prefix=f"{part}.")
+
+  tokenizer = open_tokenizer(context.inputs["tokenizer"])
+  scorers = {
+    corpus: perplexity.RowScorer(
+      Llama(model_config), mesh, open_rows(corpus, "test"), batch_size=config.evaluation.batch_rows
+    )
+    for corpus in CORPORA
+  }
+
+  def score(when: str, params: Any) -> None:
+    for corpus, scorer in scorers.items():
+      shard = f"{when}-{corpus}.jsonl"
+      if not context.writer.has(shard):
+        found = scorer.documents(params, tokenizer)
+        context.writer.write_jsonl(shard, models.loss_records(found))
+
+  score("before", params)
+  new_text = open_rows("new_text", "unique")
+  components = [mixture.Component("new_text", new_text, 1 - config.replay_share, repeat=True)]
+  if config.replay_share:
+    replay = open_rows("replay", "unique")
+    components.append(mixture.Component("replay", replay, config.replay_share, repeat=True))
+  summary, params = models.train(
+    context,
+    model_config=model_config,
+    mesh=mesh,
+    training=config.training,
+    seq_len=config.seq_len,
+    num_steps=max(1, round(config.epochs * len(new_text) / config.training.batch_rows)),
+    components=components,
+    validation=open_rows("new_text", "validation"),
+    weight_decay=config.weight_decay,
+    evaluation=config.evaluation,
+    seed=config.seed,
+    initial_params=params,
+  )
+  score("after", params)
+  return summary
+
+
+def _load_initial(
+  context: Context, config: TunedStageConfig, mesh: Mesh
+) -> tuple[LlamaConfig, Any]:
+  artifact = context.inputs["initial"]
+  if config.kind == "checkpoint":
+    opened = checkpoints.open_recorded(artifact)
+    model_config = opened.compute_config(to_json(config.model))
+    return model_config, opened.load_params(mesh, model_config)
+  model, params = models.load_model(artifact, mesh)
+  return model.c, params
+
+
+@section
+class ExportConfig:
+  """Export of the tuned model.
+
+  Attributes:
+    dtype: of the exported weights.
+  """
+
+  dtype: Literal["float32", "bfloat16", "float16"]
+
+
+@section
+class ExportStageConfig(ExportConfig):
+  """Configures `export`.
+
+  Attributes:
+    seq_len: exported as the model's context length if no checkpoint tells it.
+  """
+
+  kind: Kind
+  mesh: MeshConfig
+  seq_len: int
+
+
+def export(context: Context, config: ExportStageConfig) -> dict[str, Any]:
+  """Writes the tuned model and its tokenizer as the Hugging Face folder `model`."""
+  model, params = models.load_model(context.inputs["tuned"], config.mesh.make())
+  artifact = context.inputs["tokenizer"]
+  tokenizer = open_tokenizer(artifact)
+  if config.kind == "checkpoint":
+    files = artifact.path("original")
+    max_positions = context.inputs["initial"].summary["max_positions"]
+  else:
+    files, max_positions = artifact.path("tokenizer"), config.seq_len
+  if not context.writer.has("model"):
+    with context.writer.shard("model") as (folder, counts):
+      hf_export.save_pretrained(
+        folder,
+        params,
+        model.c,
+        tokenizer=files,
+        generation={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        max_positions=max_positions,
+        dtype=config.dtype,
+      )
+      counts["records"] = 1
+  return {"num_parameters": model.c.num_parameters, "dtype": config.dtype}

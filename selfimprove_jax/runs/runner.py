@@ -1,0 +1,205 @@
+"""Runs the stages of a run: one after another in this process, or several at a time in others.
+
+On accelerators a stage uses all devices, so stages run in order in this process. On a CPU a small
+model leaves most of a thread pool idle: stages that do not need each other run in processes of one
+thread each, whose results do not depend on the number of cores.
+"""
+
+import functools
+import json
+import os
+import pickle
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import jax
+from pydantic import Field
+
+from selfimprove_jax.runs import artifacts, processes, storage
+from selfimprove_jax.runs.stage import Stage, is_complete, run_stage
+from selfimprove_jax.runtime import allocator, distributed, partitioning
+from selfimprove_jax.runtime.config import choices, section, to_json
+from selfimprove_jax.runtime.progress import Progress
+
+CONFIG = "config.json"
+
+
+@section
+class RuntimeConfig:
+  """How a run is carried out; does not change what it produces.
+
+  Attributes:
+    parallel_stages: how many stages may run at the same time; only on CPUs.
+  """
+
+  parallel_stages: Annotated[int, Field(ge=1)] = 1
+
+
+class StageError(RuntimeError):
+  """A stage failed in a process of its own."""
+
+
+def run(
+  stages: Sequence[Stage],
+  run_folder: storage.Path,
+  *,
+  only: Sequence[str] | None = None,
+  verify: bool = False,
+  parallel: int = 1,
+  progress: Progress,
+  config: Any = None,
+) -> None:
+  """Completes the artifact of every stage.
+
+  Args:
+    stages: in an order in which each stands after those that it reads.
+    only: names of stages, or first parts of names; None for all.
+    verify: compare complete artifacts with their checksums, not only with their sizes.
+    parallel: see `RuntimeConfig`.
+    config: JSON value; recorded in the run folder as `config.json`.
+
+  Raises:
+    ValueError: `only` names an unknown stage, or a mesh does not fit the devices.
+    artifacts.ConfigMismatchError: the folder holds artifacts of other configs.
+    StageError: a stage failed in a process of its own. In this process its own error is raised.
+  """
+  chosen = select(stages, only)
+  with distributed.main_first("config"):
+    if distributed.is_main():
+      _check_configs(stages, run_folder)
+      if verify:
+        for stage in stages:
+          _verify(stage.name, run_folder / stage.name)
+  unfinished = distributed.from_main(
+    lambda: [stage.name for stage in chosen if not is_complete(run_folder / stage.name)]
+  )
+  todo = [stage for stage in chosen if stage.name in unfinished]
+  if distributed.is_main():
+    for stage in chosen:
+      if stage not in todo:
+        artifacts.tidy(run_folder / stage.name)
+        print(f"{stage.name}: complete", flush=True)
+  for stage in todo:
+    if stage.uses_devices:
+      partitioning.check_meshes(stage.config, jax.device_count(), path=f"stage {stage.name}")
+  if distributed.is_main() and config is not None:
+    run_folder.mkdir(parents=True, exist_ok=True)
+    artifacts.write_json(run_folder / CONFIG, config)
+  if parallel > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1:
+    _run_processes(todo, run_folder, parallel)
+  else:
+    for stage in todo:
+      run_stage(stage, run_folder, progress)
+
+
+def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:
+  """Returns the stages that `only` names: `arms` stands for all whose name begins with `arms/`.
+
+  Raises:
+    ValueError: a name is unknown.
+  """
+  if only is None:
+    return list(stages)
+  chosen = []
+  for name in only:
+    matches = [s for s in stages if s.name == name or s.name.startswith(name + "/")]
+    if not matches:
+      names = [stage.name for stage in stages]
+      raise ValueError(f"--stages={name}: there is no such stage{choices(name, names)}")
+    chosen += [match.name for match in matches]
+  return [stage for stage in stages if stage.name in chosen]
+
+
+def _check_configs(stages: Sequence[Stage], run_folder: storage.Path) -> None:
+  """Refuses stage folders of another config, or clears them if the run has produced nothing yet.
+
+  Raises:
+    artifacts.ConfigMismatchError: lists every difference.
+  """
+  differing = {stage.name: lines for stage in stages if (lines := _differences(stage, run_folder))}
+
+  def refuse_if_complete() -> None:
+    if any(artifacts.has_manifest(run_folder / stage.name) for stage in stages):
+      lines = [f"{stage}: {line}" for stage, found in differing.items() for line in found]
+      raise artifacts.ConfigMismatchError(
+        f"{run_folder} was made with another config; use another --workdir, or delete the folders "
+        f"of these stages and of all that read them.\nDifferences (there -> now):\n  "
+        + "\n  ".join(lines)
+      )
+
+  for name in differing:
+    refuse_if_complete()
+    with storage.lock(run_folder / name):
+      refuse_if_complete()  # while we waited, another command may have completed a stage
+      artifacts.clear(run_folder / name)
+    print(f"{name}: begun again, since it was begun with another config and nothing is complete")
+
+
+def _differences(stage: Stage, run_folder: storage.Path) -> list[str]:
+  there = artifacts.read_config(run_folder / stage.name)
+  return [] if there is None else artifacts.differences(there, to_json(stage.config))
+
+
+def _verify(name: str, folder: storage.Path) -> None:
+  for shard in artifacts.repair(folder):
+    print(f"{name}: {shard} is damaged and will be made again", flush=True)
+
+
+def _run_processes(todo: Sequence[Stage], run_folder: storage.Path, parallel: int) -> None:
+  names = frozenset(stage.name for stage in todo)
+  tasks = [
+    processes.Task(
+      name=stage.name,
+      make=functools.partial(_worker, stage, run_folder),
+      after=names.intersection(stage.inputs.values()),
+    )
+    for stage in todo
+  ]
+  ends = processes.run(tasks, slots=range(parallel), stop_on_failure=True)
+  if failed := [end for end in ends if end.returncode and not end.stopped]:
+    name, code = failed[0].task, failed[0].returncode
+    log = log_path(run_folder, name)
+    traceback = f", with the traceback in {log}" if log.exists() else ""  # none after a SIGKILL
+    raise StageError(
+      f"stage {name} ended with exit code {code}; its error is above{traceback}. Complete "
+      f"artifacts are kept: run the same command to continue"
+    )
+
+
+def _worker(stage: Stage, run_folder: storage.Path, slot: int) -> list[processes.Process]:
+  del slot
+  # The folder is on the command line so that `ps` tells which run a worker belongs to.
+  argv = [sys.executable, "-m", "selfimprove_jax.runs.worker", str(run_folder), str(os.getpid())]
+  environment = _worker_environment()
+  return [processes.Process(argv=argv, environment=environment, stdin=pickle.dumps(stage))]
+
+
+def log_path(run_folder: storage.Path, name: str) -> storage.Path:
+  """Returns where a stage that failed in a process of its own leaves the traceback."""
+  return run_folder / "logs" / f"{name.replace('/', '-')}.log"
+
+
+def _worker_environment() -> dict[str, str]:
+  """Returns variables for one thread per process and an allocator that keeps freed memory."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  one_thread = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+  return {
+    "XLA_FLAGS": f"{flags} {one_thread}".strip(),
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "3"),
+    **allocator.environment(),
+  }
+
+
+def read_config(run_folder: storage.Path) -> Any:
+  """Returns the config that a run was last started with.
+
+  Raises:
+    ValueError: the folder holds no run.
+  """
+  if not (run_folder / CONFIG).exists():
+    raise ValueError(f"{run_folder} holds no run: it has no {CONFIG}")
+  return json.loads((run_folder / CONFIG).read_bytes())
