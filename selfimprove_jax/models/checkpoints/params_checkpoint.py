@@ -103,7 +103,7 @@ class ParamsCheckpoint(Checkpoint):
     return self._saved["max_positions"]
 
   def load_params(self, mesh: Mesh, config: LlamaConfig) -> Any:
-    path, saved_dtype = self.path.absolute() / _PARAMS, self.config.param_dtype
+    path, saved_dtype = self.path / _PARAMS, self.config.param_dtype
     return restore(path, mesh, config, saved_dtype, self._saved["checksums"])
 
   def tokenizer_files(self) -> TokenizerFiles:
@@ -137,7 +137,7 @@ def restore(
   )
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      params = checkpointer.restore(path, saved)
+      params = checkpointer.restore(path.absolute(), saved)  # orbax refuses relative paths
   except Exception as error:  # orbax and tensorstore raise many types for a damaged file
     raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
   if checksums(params) != saved_checksums:

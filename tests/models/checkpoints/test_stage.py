@@ -67,6 +67,14 @@ def test_a_step_of_a_stage_is_loaded_onto_a_mesh(step, run):
   jax.tree.map(compare, loaded, abstract_params(Llama(config), mesh), params[step or 2])
 
 
+def test_a_relative_path_is_loaded_too(run, one_device_mesh, monkeypatch):
+  folder, params = run
+  monkeypatch.chdir(folder)
+  checkpoint = open_checkpoint("arms/a")
+  loaded = checkpoint.load_params(one_device_mesh, checkpoint.config)
+  assert checksums(loaded) == checksums(params[2])
+
+
 def test_the_tokenizer_is_the_run_s_and_texts_begin_with_bos(run, tmp_path):
   checkpoint = open_checkpoint(run[0] / "arms" / "a")
   files = checkpoint.tokenizer_files()
