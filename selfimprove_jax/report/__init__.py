@@ -1,4 +1,4 @@
-"""What a run found, as data, and its renderers: an HTML page, the terminal, JSON.
+"""Reports: the findings of a run as data, and renderers for HTML, the terminal, and JSON.
 
 made = pipeline.report(run)
 page = report.write(made, folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from selfimprove_jax.report import formatting
+import selfimprove_jax.report.formatting as formatting
 from selfimprove_jax.report.report import (
   Axis,
   BarPlot,

@@ -6,7 +6,8 @@ import itertools
 import jinja2
 from markupsafe import Markup
 
-from selfimprove_jax.report import figures, formatting
+import selfimprove_jax.report.figures as figures
+import selfimprove_jax.report.formatting as formatting
 from selfimprove_jax.report.report import Report
 
 MAX_TEXT = 1600  # characters of an excerpt; the artifacts hold the whole text

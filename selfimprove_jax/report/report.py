@@ -282,7 +282,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a run found.
+  """The findings of a run.
 
   Attributes:
     command: the command that repeats the run.

@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterable
 
-from selfimprove_jax.report import formatting
+import selfimprove_jax.report.formatting as formatting
 from selfimprove_jax.report.page import shortened
 from selfimprove_jax.report.report import (
   Bar,

@@ -224,7 +224,7 @@ class _Attempt:
     """Returns how the attempt ended once all its processes have; None before that."""
     for index, process in enumerate(self._processes):
       if process.returncode is None and _has_exited(process):
-        # What it started and left behind would write in the same folder as the next attempt. Kill
+        # Processes that it left behind would write in the same folder as the next attempt. Kill
         # the group before reaping its leader: until then the group's number cannot be reused.
         _kill_group(process)
         if process.wait() and self._first_failure is None:

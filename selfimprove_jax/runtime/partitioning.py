@@ -267,7 +267,7 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def whole_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Makes one global array of rows of which every process has all.
+  """Makes one global array of rows that every process holds in full.
 
   Raises:
     ValueError: the rows do not divide over the mesh.

@@ -22,7 +22,7 @@ Metrics = dict[str, jax.Array]
 
 @flax.struct.dataclass
 class TrainState:
-  """What a run carries from step to step; the data depends on `step` alone.
+  """State carried from step to step; the data of a step depends on `step` alone.
 
   The same tree is also used to hold the shardings of such a state, or its shapes.
 

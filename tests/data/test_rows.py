@@ -104,7 +104,7 @@ def test_other_records_are_refused(tmp_path, record, fault):
 
 
 def test_a_batch_of_records_from_several_files_is_their_rows(tmp_path):
-  """Of vocabularies below and above 2**16, full and padded rows, a length no multiple of 8."""
+  """Rows of vocabularies below and above 2**16, full and padded, of a length not divisible by 8."""
   seq_len, rng = 21, np.random.default_rng(0)
   written, records = [], []
   for name, vocab_size in (("a", 1 << 16), ("b", (1 << 16) + 1), ("c", 1 << 31)):
@@ -195,7 +195,7 @@ def test_a_flipped_byte_is_never_read(tmp_path):
       source[index]
 
 
-def test_the_rows_of_an_artefact_are_opened_by_prefix(tmp_path):
+def test_the_rows_of_an_artifact_are_opened_by_prefix(tmp_path):
   packed = {"train-0": _packed(9), "train-1": _packed(8, seed=1), "test-0": _packed(7, seed=2)}
   writer = artifacts.Writer(tmp_path / "rows", config={}, inputs={})
   for name in packed:

@@ -63,7 +63,7 @@ _MOMENTS = {
 
 @dataclasses.dataclass
 class Interrupted:
-  """What happened to a run that was killed and continued until it ended."""
+  """The history of a run that was killed and continued until it ended."""
 
   folder: pathlib.Path
   killed: set[str] = dataclasses.field(default_factory=set)

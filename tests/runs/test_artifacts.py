@@ -65,7 +65,7 @@ def test_a_reader_gets_every_record_in_order_and_no_rejected_ones(tmp_path):
 def test_an_interrupted_writer_goes_on_after_its_whole_shards(tmp_path, whole):
   folder = tmp_path / "interrupted"
   _write(folder, NAMES[:2], finish=False)
-  # What a SIGKILL in the middle of the third leaves behind.
+  # The state that a SIGKILL in the middle of the third shard leaves.
   (folder / f".{NAMES[2]}.tmp").write_text('{"id": "half')
   assert _write(folder) == NAMES[2:]
   assert _bytes(folder) == whole

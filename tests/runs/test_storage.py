@@ -117,7 +117,7 @@ def test_a_killed_process_leaves_whole_shards_and_the_next_goes_on_after_them(bu
 
 
 def test_a_folder_that_was_uploaded_in_part_is_uploaded_again(bucket, tmp_path):
-  # What a kill between the objects of a folder leaves, one of them of another time.
+  # The state after a kill between the objects of a folder; one object is older.
   (bucket / "array.zarr" / "zarr.json").write_bytes(b"{}")
   (bucket / "array.zarr" / "left").write_bytes(b"x")
   assert "array.zarr" in _write(bucket)

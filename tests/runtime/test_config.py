@@ -1,4 +1,4 @@
-"""What config sections accept, and what the messages about the rest say."""
+"""Values that config sections accept, and the messages about those that they refuse."""
 
 import dataclasses
 import json

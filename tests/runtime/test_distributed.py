@@ -1,4 +1,4 @@
-"""Of one process; jobs of several are in training/test_multiprocess.py."""
+"""Jobs of one process; training/test_multiprocess.py has jobs of several."""
 
 import pytest
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from jax.sharding import Mesh
 
-from selfimprove_jax.models.checkpoints import tokenizer_files
+import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.hf_config import read_json
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.llama import LlamaConfig

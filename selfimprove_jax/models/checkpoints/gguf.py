@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from selfimprove_jax.models.checkpoints import gguf_tokenizer, tokenizer_files
+import selfimprove_jax.models.checkpoints.gguf_tokenizer as gguf_tokenizer
+import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.hf_names import (
   HfTensor,

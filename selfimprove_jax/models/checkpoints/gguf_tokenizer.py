@@ -30,7 +30,7 @@ _TEKKEN = (
 
 @dataclasses.dataclass(frozen=True)
 class _PreTokenizer:
-  """What a name of a pre-tokenizer stands for.
+  """A pre-tokenizer and the settings that its name in a GGUF file implies.
 
   Attributes:
     patterns: each one splits the pieces that the one before left.

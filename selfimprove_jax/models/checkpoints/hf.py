@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from selfimprove_jax.models.checkpoints import hf_config
+import selfimprove_jax.models.checkpoints.hf_config as hf_config
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.hf_names import (
   HfTensor,

@@ -18,7 +18,9 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from selfimprove_jax.models.checkpoints import hf, hf_config, tokenizer_files
+import selfimprove_jax.models.checkpoints.hf as hf
+import selfimprove_jax.models.checkpoints.hf_config as hf_config
+import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.hf_names import HfTensor, hf_tensors
 from selfimprove_jax.models.checkpoints.params_checkpoint import check_is_free
 from selfimprove_jax.models.llama import LlamaConfig

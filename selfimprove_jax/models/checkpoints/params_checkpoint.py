@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from selfimprove_jax.models.checkpoints import tokenizer_files
+import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.hf_config import read_json
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles

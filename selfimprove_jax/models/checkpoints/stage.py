@@ -9,7 +9,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from selfimprove_jax.models.checkpoints import params_checkpoint, tokenizer_files
+import selfimprove_jax.models.checkpoints.params_checkpoint as params_checkpoint
+import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.llama import LlamaConfig

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+import selfimprove_jax.pipelines.budget_forcing.metrics as metrics
+import selfimprove_jax.pipelines.budget_forcing.pipeline as budget_forcing
 from selfimprove_jax.evaluation.statistics import Estimate
-from selfimprove_jax.pipelines.budget_forcing import metrics
-from selfimprove_jax.pipelines.budget_forcing import pipeline as budget_forcing
 from selfimprove_jax.pipelines.budget_forcing.config import Config
 from selfimprove_jax.pipelines.common import report_parts
 from selfimprove_jax.reasoning import length_controls

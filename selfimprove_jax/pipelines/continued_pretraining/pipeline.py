@@ -14,10 +14,9 @@ and both stages come after its documents and rows.
 
 import dataclasses
 
-from selfimprove_jax.pipelines.common import models, planning, text
-
 # The module. Once the package is imported, its name `stages` is the function below.
-from selfimprove_jax.pipelines.continued_pretraining import stages as cpt
+import selfimprove_jax.pipelines.continued_pretraining.stages as cpt
+from selfimprove_jax.pipelines.common import models, planning, text
 from selfimprove_jax.pipelines.continued_pretraining.config import (
   CheckpointInitialConfig,
   Config,

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+import selfimprove_jax.pipelines.continued_pretraining.pipeline as continued_pretraining
 from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines.common import report_parts
-from selfimprove_jax.pipelines.continued_pretraining import pipeline as continued_pretraining
 from selfimprove_jax.pipelines.continued_pretraining.stages import CORPORA
 from selfimprove_jax.report import formatting
 from selfimprove_jax.report.report import (

@@ -10,10 +10,9 @@ synthesizer that is tuned on random pairs).
 
 import dataclasses
 
-from selfimprove_jax.pipelines.common import models, planning, text
-
 # The module. Once the package is imported, its name `stages` is the function below.
-from selfimprove_jax.pipelines.sbp import stages as sbp
+import selfimprove_jax.pipelines.sbp.stages as sbp
+from selfimprove_jax.pipelines.common import models, planning, text
 from selfimprove_jax.pipelines.sbp.config import (
   SYNTHETIC,
   TUNED_ON,

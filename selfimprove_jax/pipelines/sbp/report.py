@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+import selfimprove_jax.pipelines.sbp.comparison as comparison
+import selfimprove_jax.pipelines.sbp.pipeline as sbp
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines.common import report_parts
-from selfimprove_jax.pipelines.sbp import comparison
-from selfimprove_jax.pipelines.sbp import pipeline as sbp
 from selfimprove_jax.pipelines.sbp.config import SYNTHETIC, Config
 from selfimprove_jax.report import formatting
 from selfimprove_jax.report.formatting import PLUS_MINUS, plus_minus

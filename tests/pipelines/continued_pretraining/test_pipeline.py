@@ -59,7 +59,7 @@ def _write_corpus(path, *, words, num_documents, seed):
 
 @pytest.fixture(scope="module", autouse=True)
 def on_one_device(one_device_mesh):
-  """What runs on a mesh is tested where it is made; on one device it compiles faster."""
+  """A mesh of one device, which compiles faster; meshes are tested with training and sampling."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(MeshConfig, "make", lambda self, devices=None: one_device_mesh)
     yield
