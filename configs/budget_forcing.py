@@ -9,7 +9,7 @@ thinking and by suppressed ends. Parallel: several samples and a majority vote. 
 paper: rejection sampling, and prompts that ask for a length, alone and with budget forcing.
 
 default: a chat model without a thinking format; its reply is its thinking.  s1: the delimiters of
-s1-32B.  quick: SmolLM2-135M-Instruct on a laptop, 16 questions.  smoke: 4 questions and a few
+s1-32B.  quick: SmolLM2-135M-Instruct on a laptop, 16 questions.  smoke: 2 questions and a few
 tokens.  The last two are too small to mean anything.  For MATH500:
 --config.questions.question_field=problem --config.questions.answer_format=plain
 --config.grading.checker=math_verify (extra `math`).
@@ -60,10 +60,10 @@ _SIZES = {
   ),
   "smoke": dict(
     checkpoint="SmolLM2-135M-Instruct",
-    num_questions=4,
-    response=dict(max_answer_tokens=4, questions_per_shard=2),
-    engine=dict(num_slots=4, max_length=320),
-    arms=dict(maxima=(4, 8), ignored=(1,), samples=2, tries=2, steps=(1,)),
+    num_questions=2,
+    response=dict(max_answer_tokens=4, questions_per_shard=1),
+    engine=dict(num_slots=2, max_length=256),
+    arms=dict(maxima=(4,), ignored=(1,), samples=2, tries=2, steps=()),
   ),
 }
 

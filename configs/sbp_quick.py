@@ -17,7 +17,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
   parts.check_variant(variant, ("quick", "smoke"))
   quick = variant == "quick"
   seq_len = 256 if quick else 128
-  unique_tokens = 64_000 if quick else 12_000
+  unique_tokens = 32_000 if quick else 12_000
   max_document_tokens = 126 if quick else 60
   total_tokens = 16 * unique_tokens if quick else 4 * unique_tokens
   held_out = 0.05 if quick else 0.1
@@ -37,6 +37,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     pair_tokens=seq_len,
     shingle_size=5,
     total_tokens=total_tokens,
+    draws_anew=True,
     mesh=dict(data=1, fsdp=-1),
     corpus=dict(
       source=dict(
@@ -50,14 +51,14 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
         test_fraction=held_out,
         max_passage_chars=360 if quick else 160,
         min_passage_chars=150 if quick else 60,
-        order="group",
+        order="document",  # the unique data are passages of many files
         shingle_size=10,
       ),
     ),
-    tokenizer=dict(vocab_size=1024, train_chars=200_000),
+    tokenizer=dict(vocab_size=1024, train_chars=80_000 if quick else 25_000),
     tokens=dict(
       unique_tokens=unique_tokens,
-      oracle_tokens=total_tokens,
+      oracle_tokens=total_tokens * 21 // 20,  # all that it learns from is new
       max_document_tokens=max_document_tokens,
       batch_documents=1000,
     ),
@@ -68,9 +69,9 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     seed_model=dict(total_tokens=total_tokens // 2, mixture={"unique": 1.0}, **repeated),
     embeddings=dict(method="tfidf_svd", dim=128 if quick else 32),
     pairs=dict(
-      search=dict(num_neighbors=4),
+      search=dict(num_neighbors=20),
       filters=dict(
-        min_similarity=0.5 if quick else 0.3,
+        min_similarity=0.4 if quick else 0.3,
         max_jaccard=0.5 if quick else 0.3,
         max_uses_per_target=8,
         max_pairs_per_seed=4,
@@ -101,10 +102,13 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     ),
     relevance=dict(dim=128 if quick else 32, sample_size=500),
     arms=dict(
-      baseline=dict(label="repeated", mixture={"unique": 1.0}, **repeated),
-      sbp=dict(label="SBP", mixture={"unique": 0.625, "sbp": 0.375}, **mixed),
+      baseline=dict(label="repeated", mixture={"unique": 1.0}, num_seeds=2, **repeated),
+      sbp=dict(label="SBP", mixture={"unique": 0.625, "sbp": 0.375}, num_seeds=2, **mixed),
       unconditional=dict(
-        label="unconditional samples", mixture={"unique": 0.625, "unconditional": 0.375}, **mixed
+        label="unconditional samples",
+        mixture={"unique": 0.625, "unconditional": 0.375},
+        num_seeds=2 if quick else 1,
+        **mixed,
       ),
       oracle=dict(label="oracle", mixture={"oracle": 1.0}, weight_decay=0.1, dropout_rate=0.0),
       baseline_all_in=dict(
@@ -112,5 +116,5 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
       ),
     ),
     evaluation=dict(batch_rows=8, max_validation_rows=40),
-    comparison=dict(seed_noise=0.03),
+    comparison=dict(),
   )

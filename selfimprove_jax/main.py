@@ -44,6 +44,12 @@ _VERIFY = flags.DEFINE_bool(
   False,
   "First compare all complete artifacts with their checksums; rebuild damaged ones.",
 )
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite",
+  False,
+  "First delete the run in --workdir, also one of another config. Not for a command that is "
+  "restarted by itself: each start begins anew.",
+)
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache",
   compilation_cache.DEFAULT_FOLDER,
@@ -79,6 +85,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError("--workdir is missing: the folder of the run")
   if _CONFIG.value is None and not shows:
     raise app.UsageError("--config is missing: for example --config=configs/sbp_quick.py")
+  if _OVERWRITE.value and (shows or _DRY_RUN.value):
+    raise app.UsageError("--overwrite deletes the run, so it goes with neither show nor --dry_run")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs every file
   run_folder = storage.path(_WORKDIR.value) if _WORKDIR.value else None
@@ -114,6 +122,10 @@ def _run(run_folder: storage.Path) -> None:
     hang_seconds=_HANG_SECONDS.value,
   )
   preemption.install()
+  if _OVERWRITE.value:
+    with distributed.main_first("overwrite"):
+      if distributed.is_main():
+        runner.delete(run_folder)
   try:
     runner.run(
       stages,
@@ -155,6 +167,8 @@ def _print_plan(run_folder: storage.Path | None) -> None:
       f"{error}. Pass --num_devices (and --device, for times) to plan for other devices"
     ) from None
   print(plan.describe(stages, run_folder, device=device, num_devices=num_devices))
+  if hasattr(pipeline, "preview"):
+    print(pipeline.preview(config))
 
 
 def _show(run_folder: storage.Path) -> None:

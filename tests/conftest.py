@@ -80,6 +80,7 @@ _NOT_DATA = {
   "logs",
   "checkpoints",
   "tensorboard",
+  "wandb",
   ".lock",
 }
 

@@ -25,11 +25,13 @@ _VARIANTS = {
   "sbp_3b": ("200b", "1t"),
   "sbp_6b": ("200b", "1t"),
   "budget_forcing": ("default", "s1", "quick", "smoke"),
+  "evaluation": ("sbp", "closed_book", "math"),
 }
 _LAST = {
   "sbp": "arms/sbp",
   "continued_pretraining": "tuned",
   "budget_forcing": "responses/parallel",
+  "evaluation": "metrics/",
 }
 _CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 
@@ -255,12 +257,23 @@ def test_the_arms_to_compare_have_the_same_seed_schedule_and_steps(name):
     arms = {
       stage.name: stage.config
       for stage in _stages(config)
-      if stage.name.startswith("arms/") and not config.arms[stage.name[5:]].all_in_of
+      if stage.name.startswith("arms/") and "matched_inputs" not in vars(stage.config)
     }
     assert {"arms/baseline", "arms/sbp", "arms/oracle"} <= arms.keys()
-    for part in ("num_steps", "training", "seq_len", "seed", "mesh", "evaluation"):
+    for part in ("total_targets", "training", "seq_len", "mesh", "evaluation"):
       expected = getattr(arms["arms/baseline"], part)
       assert all(getattr(arm, part) == expected for arm in arms.values()), part
+    seeds = {name.endswith("-2"): arm.seed for name, arm in arms.items()}
+    assert seeds[False] == config.seed
+    assert all(arm.seed == seeds[name.endswith("-2")] for name, arm in arms.items())
+
+
+def test_each_training_of_an_arm_reads_a_draw_of_its_own():
+  stages = {stage.name: stage for stage in _stages(_parse(_page("sbp_quick").to_dict()))}
+  assert stages["arms/sbp-2"].inputs["sbp"] == "synthetic/sbp-2"
+  assert stages["synthetic/sbp-2"].inputs["samples"] == "samples/sbp-2"
+  assert stages["samples/sbp-2"].inputs["model"] == "synthesizer/nearest-2"
+  assert "arms/oracle-2" not in stages
 
 
 def test_entigraph_is_the_continued_pretraining_of_the_paper():
@@ -276,22 +289,20 @@ def test_entigraph_is_the_continued_pretraining_of_the_paper():
 
 
 @pytest.mark.parametrize(
-  ("name", "variant", "synthetic", "unique", "num_steps", "parameters"),
+  ("name", "variant", "synthetic", "unique", "parameters"),
   [
-    ("sbp_3b", "200b", 75e9, 10e9, 23_841, 2.74e9),
-    ("sbp_3b", "1t", 125e9, 50e9, 119_209, 2.74e9),
-    ("sbp_6b", "1t", 250e9, 50e9, 119_209, 5.87e9),
+    ("sbp_3b", "200b", 75e9, 10e9, 2.74e9),
+    ("sbp_3b", "1t", 125e9, 50e9, 2.74e9),
+    ("sbp_6b", "1t", 250e9, 50e9, 5.87e9),
   ],
 )
-def test_sbp_at_scale_has_the_tokens_of_the_paper(
-  name, variant, synthetic, unique, num_steps, parameters
-):
+def test_sbp_at_scale_has_the_tokens_of_the_paper(name, variant, synthetic, unique, parameters):
   config = _parse(_page(name, variant).to_dict())
   stages = {stage.name: stage for stage in _stages(config)}
   arm = stages["arms/sbp"]
   assert arm.config.mixture["sbp"] * config.total_tokens == pytest.approx(synthetic)
   assert stages["tokens"].config.unique_tokens == unique
   assert config.total_tokens / unique == 20  # passes of the baseline
-  assert arm.config.num_steps == num_steps  # of 2048 x 4096 tokens
+  assert arm.config.total_targets == config.total_tokens
   assert arm.plan.state_bytes == pytest.approx(16 * parameters, rel=0.01)
   assert stages["samples/sbp"].plan.tokens >= synthetic

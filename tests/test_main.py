@@ -12,7 +12,7 @@ from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runtime import distributed, preemption
 
 _TOY = """
-from selfimprove_jax.report.report import Report, Section, Text
+from selfimprove_jax.report.blocks import Report, Section, Text
 from selfimprove_jax.runs.runner import RuntimeConfig
 from selfimprove_jax.runtime.config import section, to_json
 from selfimprove_jax.runtime.partitioning import MeshConfig
@@ -80,7 +80,16 @@ def toy(tmp_path, monkeypatch, capfd):
       for name in set(flags.FLAGS) - names:  # the overrides of this page
         delattr(flags.FLAGS, name)
       flags.FLAGS.unparse_flags()
-      for name in ("config", "workdir", "stages", "dry_run", "device", "num_devices", "verify"):
+      for name in (
+        "config",
+        "workdir",
+        "stages",
+        "dry_run",
+        "device",
+        "num_devices",
+        "verify",
+        "overwrite",
+      ):
         flags.FLAGS[name].unparse()
     out = capfd.readouterr()
     if isinstance(code, str):  # what sys.exit would print
@@ -101,6 +110,50 @@ def test_a_run_makes_its_stages_records_its_config_and_writes_the_report(toy):
   assert written["config"]["first"]["value"] == 3
   assert "selfimprove_jax.main" in written["command"]
   assert "--config.title=Numbers" in written["command"]
+
+
+def test_overwrite_begins_again_with_another_config(toy):
+  assert toy()[0] == 0
+  (toy.folder / "a" / "one" / "manifest.json").write_text("{")  # a damaged run is one too
+  (toy.folder / "logs").mkdir()
+  code, told = toy("--config.second.value=5")
+  assert (code, "was made with another config" in told) == (1, True)
+  code, told = toy("--config.second.value=5", "--overwrite")
+  assert code == 0, told
+  assert "complete" not in told
+  assert artifacts.open_artifact(toy.folder / "b").summary == {"total": 6}
+  assert not (toy.folder / "logs").exists()
+
+
+def test_overwrite_of_a_folder_that_is_not_there_begins_a_run(toy):
+  code, told = toy("--overwrite")
+  assert code == 0, told
+
+
+@pytest.mark.parametrize("other", ["notes.txt", "a/notes.txt", "data/corpus.jsonl"])
+def test_overwrite_refuses_a_folder_with_other_files_and_deletes_nothing(toy, other):
+  assert toy()[0] == 0
+  (toy.folder / other).parent.mkdir(exist_ok=True)
+  (toy.folder / other).write_text("mine")
+  before = {path: path.stat().st_mtime_ns for path in toy.folder.rglob("*")}
+  code, told = toy("--overwrite")
+  assert (code, f"{toy.folder / other} is no part of a run" in told) == (1, True)
+  assert {path: path.stat().st_mtime_ns for path in toy.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model/config.json"])
+def test_overwrite_refuses_a_folder_that_holds_models(toy, name):
+  (toy.folder / name).parent.mkdir(parents=True)
+  (toy.folder / name).write_text('{\n "architectures": []\n}\n')
+  code, told = toy("--overwrite")
+  assert (code, "holds no run" in told) == (1, True)
+  assert (toy.folder / name).exists()
+
+
+@pytest.mark.parametrize("argument", ["show", "--dry_run"])
+def test_overwrite_goes_with_runs_only(toy, argument):
+  with pytest.raises(app.UsageError, match="--overwrite deletes the run"):
+    toy("--overwrite", argument)
 
 
 def test_another_title_refuses_nothing_and_is_in_the_report(toy):

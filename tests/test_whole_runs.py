@@ -40,7 +40,7 @@ def test_every_long_stage_shows_its_progress(smoke):
     assert f"\n{label}  " in "\n" + shown, label
 
 
-def test_the_report_has_every_arm_at_equal_tokens_and_steps_with_standard_errors(smoke):
+def test_the_report_has_every_arm_at_equal_predicted_tokens_with_standard_errors(smoke):
   report = json.loads((smoke.folder / "report" / "report.json").read_text())
   arms = report["arms"]
   assert {"baseline", "sbp", "unconditional", "oracle", "baseline_all_in"} == arms.keys()
@@ -51,8 +51,10 @@ def test_the_report_has_every_arm_at_equal_tokens_and_steps_with_standard_errors
       assert result["stderr"] > 0
       assert isinstance(result["unit"], str)
   equal = [arms[name] for name in ("baseline", "sbp", "unconditional", "oracle")]
-  assert len({arm["train_tokens"] for arm in equal}) == 1
-  assert len({arm["steps"] for arm in equal}) == 1
+  targets = [number for arm in equal for number in arm["train_targets"]]
+  one_step = targets[0] / equal[0]["steps"]
+  assert max(targets) - min(targets) <= 2 * max(0.005 * targets[0], one_step)
+  assert len(targets) == 6  # the baseline and SBP are trained twice
   assert arms["baseline_all_in"]["train_tokens"] > arms["baseline"]["train_tokens"]
 
 
@@ -69,6 +71,17 @@ def test_each_synthetic_source_of_the_smoke_run_keeps_rows_to_train_on(smoke):
   for source in ("sbp", "unconditional"):
     manifest = json.loads((smoke.folder / "synthetic" / source / "manifest.json").read_text())
     assert manifest["summary"]["rows"]["records"] >= 1
+
+
+def test_the_untuned_synthesizer_of_the_smoke_run_is_measured_too(smoke):
+  folder = smoke.folder / "synthesizer" / "nearest"
+  summary = json.loads((folder / "manifest.json").read_text())["summary"]
+  curve = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+  assert summary["untuned"]["validation"] == curve[0]["validation/loss"]
+  assert summary["best_validation"] <= summary["untuned"]["validation"]
+  tuned, untuned = (found["conditioning"] for found in (summary, summary["untuned"]))
+  assert tuned["num_pairs"] == untuned["num_pairs"] > 0
+  assert tuned["true_nll"] != untuned["true_nll"]
 
 
 def test_a_finished_run_runs_nothing_again(smoke, smoke_copy, run_command, data_files):

@@ -13,10 +13,10 @@ with ours and grain's runs alternating:
   in a second column our own files, one row at a time;
 - waiting: the share of time that a step of known length (it sleeps) waits for its batch.
 
-On a busy machine, `--clock cpu` counts the CPU time of this process alone.
+On a busy machine, use `--clock cpu`, which counts only the CPU time of this process.
 
-Prints the components of loading by themselves, a table of medians and ranges over the repeats, and
-as the last line one JSON object. Its `ratio` is our rate of loading divided by grain's (plain
+Prints the speed of each part of loading, a table of medians and ranges over the repeats, and as the
+last line one JSON object. Its `ratio` is our rate of loading divided by grain's (plain
 arrays) at the longest rows, the median over neighboring runs.
 """
 
@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import bench_common
 import grain
 import numpy as np
 import zstandard
@@ -55,7 +56,7 @@ def read_texts(packages: Sequence[str], num_chars: int) -> list[str]:
   """Returns the first docstrings of the packages, up to `num_chars` in total."""
   texts, seen = [], 0
   config = corpora.DocstringsConfig(packages=tuple(packages), min_chars=200)
-  for document in corpora.docstrings(config):
+  for document in corpora.read_documents(config):
     texts.append(document.text)
     seen += len(document.text)
     if seen >= num_chars:
@@ -105,11 +106,7 @@ def pieces(examples: Sequence[packing.Example], seq_len: int) -> list[packing.Ex
 
 
 def packing_cases(
-  examples: Sequence[packing.Example],
-  seq_len: int,
-  pad_id: int,
-  folder: pathlib.Path,
-  clock: Clock,
+  examples: Sequence[packing.Example], seq_len: int, pad_id: int, folder: pathlib.Path, clock: Clock
 ) -> tuple[dict[str, Case], dict[str, float]]:
   """Returns cases that measure tokens/s, and the share of padding of each packer."""
   num_tokens = sum(len(example.tokens) for example in examples)
@@ -239,7 +236,7 @@ def waiting_cases(corpus: Corpus, batch_rows: int, seconds: float) -> dict[str, 
 
 
 def floor_cases(corpus: Corpus, clock: Clock) -> dict[str, Case]:
-  """Returns cases that measure components of loading, each alone on one core, in tokens/s."""
+  """Returns cases that measure each part of loading on one core, in tokens/s."""
   places = [(source, i) for source in corpus.sources for i in range(len(source))]
   records = [source.record(i) for source, i in places]
   blocks = [records[i : i + 32] for i in range(0, len(records), 32)]
@@ -276,17 +273,6 @@ def show(title: str, found: dict[str, list[float]], *, share: bool = False) -> N
       r = ratios(found["ours"], values)
       text += f"; ours is {r['median']:.2f}x [{r['min']:.2f} .. {r['max']:.2f}]"
     print(text, flush=True)
-
-
-def machine() -> dict[str, Any]:
-  cpuinfo = pathlib.Path("/proc/cpuinfo")
-  lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-  models = [text.partition(": ")[2] for text in lines if text.startswith("model name")]
-  return {
-    "cpu": models[0] if models else "unknown",
-    "cores": len(os.sched_getaffinity(0)),
-    "load": os.getloadavg()[0],
-  }
 
 
 def make_examples(arguments: argparse.Namespace) -> tuple[list[packing.Example], int]:
@@ -374,14 +360,17 @@ def main() -> None:
     default=[],
     help="import names whose docstrings are used; default: all installed packages",
   )
+  bench_common.add_flag(parser)
   arguments = parser.parse_args()
-  before = machine()
-  print(before)
+  machine = bench_common.begin(arguments.wait_seconds)
   examples, pad_id = make_examples(arguments)
   cases = []
-  for seq_len in sorted(arguments.seq_lens):
-    with tempfile.TemporaryDirectory() as folder:
-      cases += bench(examples, pad_id, seq_len, arguments, pathlib.Path(folder))
+  with bench_common.Others() as others:
+    for seq_len in sorted(arguments.seq_lens):
+      bench_common.note(f"rows of {seq_len}")
+      with tempfile.TemporaryDirectory() as folder:
+        cases += bench(examples, pad_id, seq_len, arguments, pathlib.Path(folder))
+  others.warn()
   slowest = {
     name: min(case["ours"]["median"] for case in cases if case["case"] == name) for name in TARGETS
   }
@@ -396,7 +385,7 @@ def main() -> None:
     f"grain's on plain arrays: median and range of {arguments.repeats} alternating pairs",
     "unit": f"tokens/s ({arguments.clock} time); for waiting, share of time",
     "slowest": slowest,
-    "machine": {"before": before, "after": machine()},
+    "machine": machine | {"others_cpus": others.cpus},
     "cases": cases,
   }
   print(json.dumps(result))

@@ -21,7 +21,6 @@ import gc
 import json
 import os
 import pathlib
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both share one GPU
 
+import bench_common
 import bench_train
 import flax.linen as nn
 import jax
@@ -58,7 +58,6 @@ _CPU_LARGE_FROM = 64
 # Minimum share of requests whose first tokens agree. In bfloat16 the two largest logits of random
 # weights are often equal to within rounding.
 _AGREEMENT = {"float32": 0.98, "bfloat16": 0.7}
-_QUIET = 0.05
 _REST_SECONDS = 0.5  # the other side's threads spin for a while after their work
 
 
@@ -150,7 +149,9 @@ class Peer:
     torch.set_num_threads(num_threads)
     self._torch = torch
     self._device = torch.device("cuda" if on_gpu else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(
+      folder, trust_remote_code=False, dtype=getattr(torch, dtype)
+    )
     self._model = model.to(self._device).eval()
     # `generate` takes settings that its config leaves out from here.
     self._model.generation_config.eos_token_id = None
@@ -225,12 +226,15 @@ def measure(
   case: Case, ours: Ours, peer: Peer, c: LlamaConfig, copy_rate: float, arguments: Any
 ) -> dict[str, Any]:
   """Times both sides in turns on one case."""
+  label = f"{case.lengths} batch of {case.batch}"
+  bench_common.note(f"{label}: compiling")
   began = time.perf_counter()
   own_tokens = ours.generate(case)
   ours.first_tokens(case)
   compile_seconds = time.perf_counter() - began
   caches = arguments.caches.split(",")
   for cache in caches:
+    bench_common.note(f"{label}: the peer with its {cache} cache")
     # On a GPU `generate` compiles the static cache, for each size.
     if jax.default_backend() == "gpu":
       peer.generate(case, cache)
@@ -246,17 +250,13 @@ def measure(
     raise RuntimeError(f"{case.lengths} {case.batch}: the completions differ: {agreed}")
   cache = min(by_cache, key=by_cache.get)
 
-  others_began = others_seconds()
-  began = time.perf_counter()
-  turns = [
-    (seconds(ours.generate, case), seconds(peer.generate, case, cache))
-    for _ in range(arguments.turns)
-  ]
-  firsts = [
-    (seconds(ours.first_tokens, case), seconds(peer.first_tokens, case, cache))
-    for _ in range(arguments.turns)
-  ]
-  others = (others_seconds() - others_began) / (time.perf_counter() - began)
+  turns, firsts = [], []
+  with bench_common.Others() as others:
+    for turn in range(arguments.turns):
+      bench_common.note(f"{label}: turn {turn + 1} of {arguments.turns}")
+      turns.append((seconds(ours.generate, case), seconds(peer.generate, case, cache)))
+      firsts.append((seconds(ours.first_tokens, case), seconds(peer.first_tokens, case, cache)))
+  others.warn()
   rates = case.num_tokens / np.array(turns)
   found = {
     "batch": case.batch,
@@ -269,7 +269,7 @@ def measure(
     "first_token_seconds": [float(x) for x in np.median(firsts, axis=0)],
     "agreement": agreed,
     "compile_seconds": compile_seconds,
-    "others_cpus": others,
+    "others_cpus": others.cpus,
     "ratio": bench_train.spread(rates[:, 0] / rates[:, 1]),
   }
   if case.lengths == "fixed" and case.new_tokens[0] > 1:
@@ -278,16 +278,6 @@ def measure(
     step_seconds = np.maximum(np.median(np.array(turns) - np.array(firsts), axis=0), 1e-9) / steps
     found |= step_report(case, c, step_seconds, copy_rate)
   return found
-
-
-def others_seconds() -> float:
-  """Returns the CPU time of all other processes; 0 where the system does not report it."""
-  stat = pathlib.Path("/proc/stat")
-  if not stat.exists():
-    return 0.0
-  user, nice, system, _idle, _iowait, irq, soft = map(int, stat.read_text().split()[1:8])
-  ticks = user + nice + system + irq + soft
-  return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def step_report(
@@ -405,10 +395,6 @@ def print_case(f: dict[str, Any]) -> None:
     f"{f['agreement']['tokens']:>6.0%}  {r['median']:.2f} ({r['p10']:.2f} to {r['p90']:.2f})",
     flush=True,
   )
-  if f["others_cpus"] > _QUIET:
-    # PyTorch's threads wait for each other after each operation: with one of two cores busy they
-    # were 20 times slower, the engine 1.8 times.
-    print(f"  unreliable: other processes used {f['others_cpus']:.2f} CPUs", flush=True)
 
 
 def main() -> None:
@@ -433,10 +419,12 @@ def main() -> None:
   parser.add_argument(
     "--threads", type=int, default=os.cpu_count(), help="PyTorch's threads on CPU"
   )
+  bench_common.add_flag(parser)
   arguments = parser.parse_args()
   for flag, known in (("models", MODELS), ("lengths", LENGTHS), ("caches", CACHES)):
     if unknown := set(getattr(arguments, flag).split(",")) - set(known):
       parser.error(f"unknown {flag} {sorted(unknown)}; there are {sorted(known)}")
+  machine = bench_common.begin(arguments.wait_seconds)
   copy_rate = measured_copy_rate()
   print(f"copies {copy_rate / 1e9:.1f} GB/s (read and written)")
   print(
@@ -465,7 +453,6 @@ def main() -> None:
     "least": least["ratio"]["median"],
     "what": f"sampling tokens/s, batch {shown['batch']}, {shown['lengths']} lengths",
   }
-  machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
   machine |= {"device": jax.devices()[0].device_kind, "copy_bytes_per_second": copy_rate}
   print(json.dumps(summary | {"cases": found, "versions": versions, "machine": machine}))
 

@@ -15,19 +15,19 @@ import gc
 import json
 import os
 import pathlib
-import platform
 import tempfile
 import time
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both sides share one GPU
 
+import bench_common
 import jax
 import numpy as np
 
 from selfimprove_jax.models.checkpoints import hf_export
 from selfimprove_jax.models.llama import Llama, LlamaConfig
-from selfimprove_jax.runtime import allocator, hardware, partitioning
+from selfimprove_jax.runtime import allocator, hardware, partitioning, xla_options
 from selfimprove_jax.training import losses, train_step
 from selfimprove_jax.training.config import TrainingConfig
 
@@ -124,7 +124,9 @@ class Peer:
     torch.set_num_threads(num_threads)
     self._torch = torch
     self._device = torch.device("cuda" if on_gpu else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+      folder, trust_remote_code=False, dtype=torch.float32
+    )
     self._model = model.to(self._device).train()
     self._optimizer = torch.optim.AdamW(
       self._model.parameters(),
@@ -166,6 +168,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     scan_unroll=1 if on_gpu else shape["num_layers"],
   )
   tokens_BT = np.random.default_rng(0).integers(0, config.vocab_size, (rows, seq_len))
+  bench_common.note(f"{name}: compiling")
   ours = Ours(config, tokens_BT.astype(np.int32))
   with tempfile.TemporaryDirectory() as folder:
     ours.save(folder, config, seq_len)
@@ -182,7 +185,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     side.steps(arguments.steps)
     return (time.perf_counter() - began) / arguments.steps
 
-  turns = [(seconds(ours), seconds(peer)) for _ in range(arguments.turns)]
+  turns = []
+  with bench_common.Others() as others:
+    for turn in range(arguments.turns):
+      bench_common.note(f"{name}: turn {turn + 1} of {arguments.turns}")
+      turns.append((seconds(ours), seconds(peer)))
+  others.warn()
   peak, peak_name = hardware.peak(jax.devices()[:1], config.dtype)
   flops = rows * seq_len * config.train_flops_per_token(seq_len)
   rates = rows * seq_len / np.array(turns)
@@ -199,6 +207,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     "peak": {"flops_per_second": peak, "name": peak_name},
     "floor_tokens_per_second": rows * seq_len * peak / flops,
     "ratio": spread(rates[:, 0] / rates[:, 1]),
+    "others_cpus": others.cpus,
     "peak_bytes": [stats.get("peak_bytes_in_use"), peer.peak_bytes()],
   }
 
@@ -222,10 +231,21 @@ def main() -> None:
   parser.add_argument(
     "--threads", type=int, default=os.cpu_count(), help="threads of PyTorch on CPU"
   )
+  parser.add_argument(
+    "--xla_options",
+    help="NAME=VALUE,... instead of those of runtime/xla_options.py, to try out; '' for none",
+  )
+  bench_common.add_flag(parser)
   arguments = parser.parse_args()
   if unknown := set(arguments.models.split(",")) - MODELS.keys():
     parser.error(f"unknown models {sorted(unknown)}; there are {sorted(MODELS)}")
+  if arguments.xla_options is not None:
+    options = dict(pair.split("=") for pair in arguments.xla_options.split(",") if pair)
+    xla_options.OPTIONS |= {"cpu": options, "cpu_avx512": {}, "gpu": options}
   found = []
+  machine = bench_common.begin(arguments.wait_seconds)
+  used = xla_options.for_platform(jax.devices()[0].platform)
+  print(f"XLA options: {used or 'none'}")
   print(
     f"{'model':>6} {'ours tok/s':>11} {'MFU':>6} {'peer tok/s':>11} {'MFU':>6} {'floor':>9}  ratio"
   )
@@ -251,8 +271,11 @@ def main() -> None:
     "spread": worst["ratio"],
     "what": "training tokens/s",
   }
-  machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
-  print(json.dumps(summary | {"models": found, "versions": versions, "machine": machine}))
+  print(
+    json.dumps(
+      summary | {"xla_options": used, "models": found, "versions": versions, "machine": machine}
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 Compares every artifact (config, manifest, shards), the parameters by the checksums in the
 manifests, and the loss curves. Prints differing data first, then differing configs: the
-`config.json` of a run or an artifact, and a `manifest.json` of which only `summary.model` differs.
+`config.json` of a run or an artifact, and a `manifest.json` of which only `summary.model` differs
+(and the checksum of config and content).
 Exits with 1 if anything differs; with --ignore_configs, only if data do. Skips times, logs,
 TensorBoard files and the checkpoints' own files, which differ between any two runs.
 """
@@ -18,7 +19,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-_SKIPPED = {"timings.jsonl", "speed.jsonl", "report", "logs", "checkpoints", "tensorboard", ".lock"}
+_SKIPPED = {"timings.jsonl", "speed.jsonl", "report", "logs", "checkpoints", "tensorboard", "wandb"}
+_SKIPPED |= {".lock"}
 _MANIFEST = "manifest.json"
 _MODEL = "summary.model"  # the model's config, which a manifest repeats
 _SHOWN_VALUES = 4
@@ -40,7 +42,8 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> tuple[list[str], list[str]]
     if filecmp.cmp(a / path, b / path, shallow=False):
       continue
     if path.name == _MANIFEST:
-      values = list(_differing(*(json.loads((run / path).read_bytes()) for run in (a, b))))
+      manifests = (json.loads((run / path).read_bytes()) for run in (a, b))
+      values = [(key, change) for key, change in _differing(*manifests) if key != "checksum"]
       is_config = all(key.startswith(_MODEL) for key, _ in values)
       shown = [f"{key}: {change}" for key, change in values if is_config or _MODEL not in key]
       more = f"; and {len(shown) - _SHOWN_VALUES} more" if len(shown) > _SHOWN_VALUES else ""

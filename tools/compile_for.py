@@ -331,27 +331,32 @@ def compile_for(
   }
 
 
+def _size(num_bytes: float) -> str:
+  """Formats bytes with three digits: `26.5 GB`, `2.1 MB`."""
+  for unit, size in (("GB", 1e9), ("MB", 1e6)):
+    if num_bytes >= size:
+      return f"{num_bytes / size:.3g} {unit}"
+  return f"{num_bytes / 1e3:.3g} kB"
+
+
 def describe(program: str, found: dict[str, Any]) -> str:
   """Formats a compiled program as a few lines of text."""
-  gb = 1e9
   lines = [
     f"{program}: batch {found['batch']}, mesh {found['mesh']}, {found['num_layers']} layers, "
     f"remat {found['remat']}, attention {found['attention']}"
   ]
   if "error" in found:
-    return "\n".join(
-      [*lines, f"  does not fit in {found['hbm_bytes'] / gb:.3g} GB: {found['error']}"]
-    )
+    return "\n".join([*lines, f"  does not fit in {_size(found['hbm_bytes'])}: {found['error']}"])
   lines += [
-    f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: {found['peak_bytes'] / gb:.2f} of "
-    f"{found['hbm_bytes'] / gb:.3g} GB a device (arguments {found['argument_bytes'] / gb:.2f}, "
-    f"temporaries {found['temp_bytes'] / gb:.2f})",
-    f"  parameters and state: {found['state_bytes'] / gb:.3f} GB a device of "
-    f"{found['state_bytes_whole'] / gb:.1f} GB",
+    f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: {_size(found['peak_bytes'])} of "
+    f"{_size(found['hbm_bytes'])} a device (arguments {_size(found['argument_bytes'])}, "
+    f"temporaries {_size(found['temp_bytes'])})",
+    f"  parameters and state: {_size(found['state_bytes'])} a device, "
+    f"{_size(found['state_bytes_whole'])} in all",
     f"  FLOPs a device: {found['model_flops']:.3e} of the model, {found['xla_flops']:.3e} by XLA",
   ]
   for kind, c in sorted(found["collectives"].items()):
-    lines.append(f"  {kind}: {c['count']} times, {c['bytes'] / gb:.3f} GB a device")
+    lines.append(f"  {kind}: {c['count']} times, {_size(c['bytes'])} a device")
   return "\n".join([*lines, f"  compiled in {found['compile_seconds']} s"])
 
 

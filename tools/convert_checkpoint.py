@@ -4,9 +4,9 @@
   python tools/convert_checkpoint.py --from=runs/sbp/arms/sbp --to=export/sbp --dtype=bfloat16
 
 Reads a Hugging Face folder, a .gguf file, a folder of parameters that this tool wrote, or a trained
-stage of a run (its best step, or --step). The first two become a folder of parameters in orbax,
-which restore on any mesh; the others become a Hugging Face folder. --format says otherwise. The
-tokenizer and generation_config.json are copied. Memory must hold the model once, in the dtype
+stage of a run (its best step, or --step). By default, the first two become a folder of parameters
+in orbax, which restore on any mesh, and the others a Hugging Face folder; --format overrides this.
+Copies the tokenizer and generation_config.json. Memory must hold the model once, in the dtype
 written, spread over this machine's devices (JAX_PLATFORMS=cpu keeps it off accelerators).
 """
 
@@ -28,6 +28,7 @@ from selfimprove_jax.models.checkpoints.hf_names import hf_tensors
 from selfimprove_jax.models.checksums import DamagedCheckpointError
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.runtime.progress import Progress
 
 
 def convert(
@@ -39,21 +40,23 @@ def convert(
   tokenizer: pathlib.Path | None,
   max_positions: int | None,
   max_shard_bytes: int,
+  progress: Progress,
 ) -> str:
   """Writes a checkpoint as a Hugging Face folder ("hf") or as parameters in orbax ("orbax").
 
   Args:
-    dtype: the dtype to store; None keeps that of the source.
+    dtype: the dtype to store; None keeps the source's.
     tokenizer: the folder of a tokenizer to use instead of the source's.
-    max_positions: the context length to write; None keeps that of the source.
-    max_shard_bytes: the largest size of a safetensors file.
+    max_positions: the context length to write; None keeps the source's.
+    progress: shows the bytes that were read and written.
 
   Returns:
-    A sentence that says what was written.
+    A sentence that describes the new checkpoint.
   """
   config = source.compute_config({"param_dtype": dtype or source.dtype})
   max_positions = max_positions or source.max_positions
-  params = source.load_params(partitioning.make_mesh(data=1, fsdp=-1, tensor=1), config)
+  mesh = partitioning.make_mesh(data=1, fsdp=-1, tensor=1)
+  params = source.load_params(mesh, config, progress=progress)
   with tempfile.TemporaryDirectory() as scratch:
     if tokenizer is None:
       try:
@@ -71,9 +74,11 @@ def convert(
         generation=generation,
         dtype=config.param_dtype,
         max_shard_bytes=max_shard_bytes,
+        progress=progress,
         **options,
       )
     else:
+      progress.note(f"writing {target}")
       params_checkpoint.save_params(target, params, config, **options)
       if generation is not None:
         artifacts.write_json(target / tokenizer_files.GENERATION_FILE, generation)
@@ -89,9 +94,7 @@ def convert(
 def main() -> int:
   description, _, details = __doc__.partition("\n\n")
   parser = argparse.ArgumentParser(
-    description=description,
-    epilog=details,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description=description, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--from", dest="source", type=pathlib.Path, required=True)
   parser.add_argument("--to", dest="target", type=pathlib.Path, required=True, help="a new folder")
@@ -126,6 +129,7 @@ def main() -> int:
       tokenizer=arguments.tokenizer,
       max_positions=arguments.max_positions,
       max_shard_bytes=round(arguments.max_shard_gb * 1e9),
+      progress=Progress(),
     )
   except (ValueError, OSError, artifacts.ArtifactError, DamagedCheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)

@@ -101,14 +101,9 @@ def _select(units: list[WorkUnit]) -> list[WorkUnit]:
 
 
 def _slurm(experiment: Experiment, units: list[WorkUnit]) -> bool:
-  options = {"retries": _RETRIES.value, "grace_s": _GRACE_S.value}
-  parameters = slurm.parameters(
-    experiment.name,
-    experiment.resource,
-    max_parallel=_MAX_PARALLEL.value,
-    options=_SBATCH.value,
-    **options,
-  )
+  limits = {"retries": _RETRIES.value, "grace_s": _GRACE_S.value}
+  options = {"max_parallel": _MAX_PARALLEL.value, "options": _SBATCH.value}
+  parameters = slurm.parameters(experiment.name, experiment.resource, **limits, **options)
   if _DRY_RUN.value:
     print(slurm.describe(units, parameters))
     return True
@@ -116,9 +111,9 @@ def _slurm(experiment: Experiment, units: list[WorkUnit]) -> bool:
   todo = [unit for unit in units if not records.is_complete(folder, unit)]
   if not todo:
     print("every unit is complete already")
-  else:
-    for unit, job in zip(todo, slurm.submit(todo, folder, parameters, **options), strict=True):
-      print(f"{unit.name}: submitted as Slurm job {job}")
+    return True
+  for unit, job in zip(todo, slurm.submit(todo, folder, parameters, **limits), strict=True):
+    print(f"{unit.name}: submitted as Slurm job {job}")
   return True
 
 

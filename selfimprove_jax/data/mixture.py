@@ -1,8 +1,8 @@
 """Draws batches from several sources of rows by weight; the state of the data is the step.
 
-Batch `step` depends on the sources, weights, seed and step alone, so a resumed run needs no saved
-iterator. Every process computes its own part; the parts in order are the same rows for any number
-of processes.
+Batch `step` depends only on the sources, weights, seed and step, so a resumed run needs no saved
+iterator. Every process computes its own part of a batch; concatenated, the parts are the same rows
+for any number of processes.
 """
 
 import collections
@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from selfimprove_jax.data import packing, rows
 
-# grain's shuffle needs no memory, but its cost per row is that of 2**16 rows where there are fewer.
+# grain's shuffle needs no memory, but with fewer than 2**16 rows each lookup costs as much as then.
 _SORTED_BELOW = 1 << 16
 
 
@@ -29,8 +29,8 @@ class Component:
 
   Attributes:
     weight: its share of the rows is this divided by the sum of all weights.
-    repeat: start again, in another order, when all rows were drawn. Otherwise a mixture that needs
-      more rows than there are is refused.
+    repeat: start again, in another order, after all rows were drawn. Otherwise `Mixture` raises
+      ValueError if it needs more rows than there are.
   """
 
   name: str
@@ -42,8 +42,8 @@ class Component:
 class Mixture:
   """Draws `num_steps` batches of `batch_size` rows from components.
 
-  Ours instead of grain's `MapDataset.mix`: shares are exact, the rows that a run needs are known
-  before it starts, and loading is four times as fast (benchmarks/data.md).
+  Ours instead of grain's `MapDataset.mix`: shares are exact, the number of rows that a run needs is
+  known before it starts, and loading is four times as fast (benchmarks/data.md).
   """
 
   def __init__(
@@ -61,14 +61,13 @@ class Mixture:
     The seed and a component's name determine its order, which differs from pass to pass.
 
     Args:
-      batch_size: rows per step over all processes.
+      batch_size: rows per step over all processes, which must divide it.
       num_steps: steps of the run; a longer run begins with the same batches.
       process_index: which of the `process_count` equal parts of each batch to make.
 
     Raises:
-      ValueError: a component that may not repeat has fewer rows than its share of the run;
-        components are empty, share a name, differ in row length or have no positive weight; or the
-        batch does not divide over the processes.
+      ValueError: a component that may not repeat has too few rows; or components are empty, share a
+        name, differ in row length or have no positive weight.
     """
     _check_components(components)
     if batch_size % process_count or not 0 <= process_index < process_count:
@@ -82,18 +81,23 @@ class Mixture:
     self._rows_per_process = batch_size // process_count
     self._process = process_index, process_count
     self._turns = _Turns([c.weight for c in components])
-    self._check_enough()
+    used = self.rows_used(num_steps)
+    for component in components:
+      have, need = len(component.source), used[component.name]
+      if need > have and not component.repeat:
+        raise ValueError(
+          f"the corpus of {component.name!r} is smaller than the budget asks: {num_steps} steps of "
+          f"{batch_size} rows need {need} of its rows, and it has {have}. Give it more text, lower "
+          f"its weight ({component.weight}) or the number of steps to {have / need:.0%}, or let it "
+          f"repeat"
+        )
     self._seeds = [_seed32(seed, component.name) for component in components]
 
   def batch(self, step: int) -> packing.Batch:
-    """Returns this process's rows of a step.
-
-    Raises:
-      IndexError: the run has no such step.
-    """
+    """Returns this process's rows of a step; raises IndexError beyond the last step."""
     if not 0 <= step < self.num_steps:
       raise IndexError(f"step {step} of a mixture of {self.num_steps} steps")
-    # Positions count the rows of the whole run, step by step, and in a step process by process.
+    # Positions number the rows of the whole run: by step, within a step by process.
     process_index, process_count = self._process
     begin = (step * process_count + process_index) * self._rows_per_process
     turns, numbers = self._turns.between(begin, begin + self._rows_per_process)
@@ -108,8 +112,7 @@ class Mixture:
   ) -> Iterator[tuple[int, packing.Batch]]:
     """Yields (step, batch) for `num_steps` steps from `start_step`, prefetched by one thread.
 
-    An error in a batch is raised when its step is due. The thread ends with the iterator, even if
-    that is closed early.
+    An error in a batch is raised when its step is due. Closing the iterator ends the thread.
 
     Args:
       prefetch: batches to make ahead, at least 1.
@@ -140,24 +143,12 @@ class Mixture:
     used = self.rows_used(num_steps)
     return {c.name: used[c.name] / len(c.source) for c in self.components}
 
-  def _check_enough(self) -> None:
-    used = self.rows_used(self.num_steps)
-    for component in self.components:
-      have, need = len(component.source), used[component.name]
-      if need > have and not component.repeat:
-        raise ValueError(
-          f"the corpus of {component.name!r} is smaller than the budget asks: {self.num_steps} "
-          f"steps of {self.batch_size} rows need {need} of its rows, and it has {have}. Give it "
-          f"more text, lower its weight ({component.weight}) or the number of steps to "
-          f"{have / need:.0%}, or let it repeat"
-        )
-
 
 class _Turns:
   """Maps a position in the mixture to a component and the number of its row.
 
-  Shares are exact to one in a million (those of grain's `MapDataset.mix` are rounded to a percent
-  of the smallest), and the rows that each component contributes are known in advance.
+  Shares are exact to one in a million; grain's `MapDataset.mix` rounds them to a percent of the
+  smallest.
   """
 
   def __init__(self, weights: Sequence[float]):
@@ -167,7 +158,7 @@ class _Turns:
 
   def between(self, begin: int, end: int) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
     """Returns components and row numbers for the positions from `begin` to before `end`."""
-    # Each position adds one row to one component: that is where the counts differ.
+    # Each position adds one row to one component, whose count is the one that grows.
     counts_CN = np.stack(self.counts(np.arange(begin, end + 1)))
     components = np.diff(counts_CN).argmax(0)
     return components, counts_CN[components, np.arange(len(components))]
@@ -175,9 +166,9 @@ class _Turns:
   def counts(self, num_rows: int | Int64[np.ndarray, "N"]) -> list[int | Int64[np.ndarray, "N"]]:
     """Counts the rows of each component among the first `num_rows`.
 
-    The first component takes its share of all rows, rounded up, the second its share of the rest,
-    and so on. Hence one more row in total is one more row of exactly one component, and `between`
-    can invert the counts.
+    The first component gets its share of all rows, rounded up, the second its share of the rest,
+    and so on. So one more row in total is one more row of exactly one component, which `between`
+    relies on.
     """
     counts, rest, rest_parts = [], num_rows, sum(self._parts)
     for part in self._parts:
@@ -192,8 +183,8 @@ def _shuffled(number: int, num_rows: int, seed: int) -> int:
   number_of_pass, number = divmod(number, num_rows)
   if num_rows < _SORTED_BELOW:
     return int(_permutation(num_rows, seed, number_of_pass)[number])
-  # As in grain's `MapDataset.shuffle`, the pass is added to the seed. `_seed32` spreads seeds far
-  # apart: with neighboring seeds, one component's second pass would be another's first.
+  # The pass is added to the seed, as in grain's `MapDataset.shuffle`. `_seed32` spreads seeds far
+  # apart: with neighboring seeds, one component's second pass would equal another's first.
   return grain_experimental.index_shuffle(
     number, max_index=num_rows - 1, seed=(seed + number_of_pass) % 2**32, rounds=4
   )

@@ -8,11 +8,12 @@ to 1.9 bytes on disk instead of 1.6 to 3.3 (benchmarks/data.md).
 """
 
 import bisect
+import dataclasses
 import itertools
 import operator
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -22,6 +23,7 @@ from selfimprove_jax.data import packing
 from selfimprove_jax.runs import artifacts
 
 SUFFIX = ".array_record"
+SEGMENTS = ".segments.jsonl"
 
 _MAGIC = b"SIRW"
 _VERSION = 2
@@ -40,10 +42,10 @@ def write_rows(path: str | os.PathLike, rows: Iterable[packing.Row]) -> dict[str
   Equal rows make files of equal bytes.
 
   Raises:
-    ValueError: rows of different lengths, a negative token, or segments that `packing.pack` would
-      lay out differently.
+    ValueError: rows differ in length, a token is negative, or `packing.pack` would lay out the
+      segments differently.
   """
-  counts = {"records": 0, "tokens": 0, "targets": 0, "padding": 0}
+  counts = dict.fromkeys(("records", "tokens", "targets", "padding"), 0)
   remaining = iter(rows)
   seq_len = None
   writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
@@ -65,23 +67,18 @@ class RowSource:
   """Presents the rows of several files as one sequence (grain's `RandomAccessDataSource`)."""
 
   def __init__(
-    self,
-    paths: Sequence[str | os.PathLike],
-    *,
-    counts: Sequence[Mapping[str, int]],
-    seq_len: int,
+    self, paths: Sequence[str | os.PathLike], *, counts: Sequence[Mapping[str, int]], seq_len: int
   ):
-    """Opens no file: a file is opened, and compared with its counts, when a row of it is read.
+    """Opens no file yet: reading a row opens its file and checks it against its counts.
 
     Args:
-      counts: what `write_rows` returned for each file.
-      seq_len: tokens per row; a file of other rows is refused when it is read.
+      counts: the result of `write_rows` for each file.
+      seq_len: tokens per row; reading a file of other rows fails.
     """
     if len(paths) != len(counts):
       raise ValueError(f"{len(paths)} files, but counts of {len(counts)}")
     self.seq_len = seq_len
-    # Version and length are checked by comparing bytes.
-    self._prefix = _PREFIX.pack(_MAGIC, _VERSION, seq_len)
+    self._prefix = _PREFIX.pack(_MAGIC, _VERSION, seq_len)  # one comparison checks all three
     self._paths = [os.fspath(path) for path in paths]
     self._ends = list(itertools.accumulate(count["records"] for count in counts))
     self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
@@ -90,7 +87,7 @@ class RowSource:
     return self._ends[-1] if self._ends else 0
 
   def __getitem__(self, index: SupportsIndex) -> packing.Row:
-    """Returns row number `index`; raises what `record` raises."""
+    """Returns row number `index`; raises the errors of `record`."""
     return {name: array[0] for name, array in decode([self.record(index)], self.seq_len).items()}
 
   def record(self, index: SupportsIndex) -> bytes:
@@ -108,7 +105,7 @@ class RowSource:
     begin = self._ends[file - 1] if file else 0
     reader = self._reader(file, self._ends[file] - begin)
     try:
-      # Not `read([i])`, which walks through the whole file's index at every call.
+      # Not `read([i])`, which scans the whole file's index at every call.
       (record,) = reader.read(index - begin, index - begin + 1)
     except RuntimeError as error:
       raise artifacts.ArtifactError(f"{self._paths[file]} is damaged: {error}") from error
@@ -118,9 +115,6 @@ class RowSource:
 
   def __getstate__(self) -> dict[str, Any]:  # open readers cannot be pickled
     return self.__dict__ | {"_readers": {}}
-
-  def __repr__(self) -> str:
-    return f"RowSource({len(self)} rows of {self.seq_len} tokens)"
 
   def _reader(self, file: int, num_records: int) -> array_record_module.ArrayRecordReader:
     if file not in self._readers:
@@ -134,13 +128,55 @@ class RowSource:
     return self._readers[file]
 
 
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """One segment of a row, and the document that it belongs to (`packing.Label`).
+
+  Attributes:
+    num_targets: tokens to predict in the whole document; pieces of it have fewer.
+  """
+
+  row: int
+  id: str
+  group: str
+  num_bytes: int
+  num_targets: int
+
+
+def segments(row: int, examples: Iterable[packing.Example]) -> Iterator[dict[str, Any]]:
+  """Yields a row's segments, as JSON; arguments as `packing.pack_labeled` yields them."""
+  for example in examples:
+    num_targets = int(np.count_nonzero(example.loss_mask))
+    yield {"row": row, **dataclasses.asdict(example.label), "num_targets": num_targets}
+
+
+@dataclasses.dataclass(frozen=True)
+class LabeledRows:
+  """Rows whose segments are known, in the order of rows: what held-out losses need."""
+
+  source: RowSource
+  segments: Sequence[Segment]
+
+
+def open_labeled(artifact: artifacts.Artifact, *, seq_len: int, name: str) -> LabeledRows:
+  """Opens the rows `<name>.array_record` and their segments `<name>.segments.jsonl`.
+
+  Raises:
+    ArtifactError: a shard's SHA-256 is not the one recorded.
+    ValueError: there is no such shard.
+  """
+  source = open_rows(artifact, seq_len=seq_len, prefix=f"{name}.")
+  found = [Segment(**record) for record in artifact.read_jsonl(name + SEGMENTS)]
+  return LabeledRows(source, found)
+
+
 def open_rows(artifact: artifacts.Artifact, *, seq_len: int, prefix: str = "") -> RowSource:
   """Opens the rows of an artifact's ArrayRecord shards whose names begin with `prefix`.
 
-  The artifact must hold the counts of `write_rows` for each shard. SHA-256 sums are compared here.
+  The artifact must store the counts of `write_rows` for each shard.
 
   Raises:
-    ArtifactError: a shard is damaged.
+    ArtifactError: a shard's SHA-256 is not the one recorded.
     ValueError: there is no such shard.
   """
   names = [n for n in sorted(artifact.shards) if n.startswith(prefix) and n.endswith(SUFFIX)]
@@ -172,7 +208,7 @@ def decode(records: Sequence[bytes], seq_len: int) -> packing.Batch:
 
 
 def _encode(rows: Sequence[packing.Row], seq_len: int) -> list[bytes]:
-  """Encodes rows and checks that they decode to what they were."""
+  """Encodes rows, and checks that they decode to the same arrays."""
   records = [_encode_row(row, seq_len) for row in rows]
   # Positions and segment ids are not stored, so a row with another layout would change silently.
   for name, array in decode(records, seq_len).items():
@@ -193,14 +229,9 @@ def _encode_row(row: packing.Row, seq_len: int) -> bytes:
   # Decided for each row, so that a row's bytes do not depend on the other rows of its file.
   token_bytes = 2 if tokens.max() <= 0xFFFF else 4
   lengths = np.bincount(row["segment_ids"])[1:]
-  return b"".join(
-    [
-      _HEADER.pack(_MAGIC, _VERSION, seq_len, token_bytes, len(lengths)),
-      tokens.astype(f"<u{token_bytes}").tobytes(),
-      lengths.astype("<u4").tobytes(),
-      np.packbits(row["loss_mask"]).tobytes(),
-    ]
-  )
+  header = _HEADER.pack(_MAGIC, _VERSION, seq_len, token_bytes, len(lengths))
+  stored = tokens.astype(f"<u{token_bytes}"), lengths.astype("<u4"), np.packbits(row["loss_mask"])
+  return header + b"".join(array.tobytes() for array in stored)
 
 
 def _fault(record: bytes, path: str, seq_len: int) -> str:

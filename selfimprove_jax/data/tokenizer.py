@@ -28,10 +28,8 @@ class SpecialTokens:
   A token that the vocabulary lacks is added to it.
 
   Attributes:
-    bos_token: begins a document.
-    eos_token: ends a document.
-    sep_token: stands between the documents of a pair.
-    pad_token: fills rows; it is neither seen nor predicted, so it may be the EOS token.
+    sep_token: separates the documents of a pair.
+    pad_token: fills rows; it is masked and never predicted, so it may be the EOS token.
   """
 
   bos_token: str | None = None
@@ -48,9 +46,8 @@ class TokenizerConfig:
     path: a tokenizer's folder or its hub name; None trains one.
     special_tokens: for an existing tokenizer.
     vocab_size: of a new tokenizer.
-    train_chars: characters that a new tokenizer is trained on. The first documents are also the
-      first unique data: keep it below the unique data, so that the tokenizer knows no more text
-      than the baseline.
+    train_chars: characters to train a new tokenizer on. They come from the first documents, as the
+      unique data do, and are fewer if the unique data hold fewer.
   """
 
   path: str | None = None
@@ -61,10 +58,10 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A subword tokenizer that adds no special tokens by itself.
+  """A subword tokenizer that never adds special tokens.
 
-  Text that spells a special token ("<|eos|>") is encoded as its characters, so no document can end
-  itself or begin another one.
+  Text that spells a special token ("<|eos|>") is encoded as its characters, so a document cannot
+  end itself or begin another one.
   """
 
   backend: tokenizers.Tokenizer
@@ -78,7 +75,7 @@ class Tokenizer:
     self.backend.no_truncation()
     self.backend.encode_special_tokens = True
 
-  def __reduce__(self) -> tuple:  # the backend's own pickle forgets what __post_init__ sets
+  def __reduce__(self) -> tuple:  # pickling the backend would lose the settings of __post_init__
     return Tokenizer, (self.backend, *(getattr(self, kind) for kind in _OWN_NAMES))
 
   def encode(self, text: str) -> list[int]:
@@ -131,9 +128,6 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
 
   Args:
     vocab_size: 4 special tokens, 256 bytes and the merges. A small text gives fewer merges.
-
-  Raises:
-    ValueError: `vocab_size` leaves no room for a merge.
   """
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   fixed = len(_OWN_NAMES) + len(alphabet)
@@ -160,9 +154,6 @@ def load_tokenizer(
   Args:
     path_or_name: a folder with tokenizer.json, or with GPT-2's vocab.json and merges.txt; a
       tokenizer.json; any other folder or hub name that `transformers.AutoTokenizer` reads.
-
-  Raises:
-    ValueError: see `make_tokenizer`.
   """
   backend, defined = _load(path_or_name)
   return make_tokenizer(backend, defined, special_tokens, name=os.fspath(path_or_name))
@@ -176,11 +167,11 @@ def make_tokenizer(
   name: str,
   default: str | None = None,
 ) -> Tokenizer:
-  """Wraps a tokenizer of the library `tokenizers`, which is changed.
+  """Wraps a tokenizer of the library `tokenizers`, which is mutated.
 
   Args:
     defined: the special tokens that the tokenizer defines: `bos_token`, ...
-    name: what to call it in errors.
+    name: its name in error messages.
     default: the token to use for those that neither `defined` nor `special_tokens` names.
 
   Raises:
@@ -189,8 +180,7 @@ def make_tokenizer(
   tokens: dict[str, str] = {}
   for kind, own_name in _OWN_NAMES.items():
     found = default if backend.token_to_id(own_name) is None else own_name
-    token = getattr(special_tokens, kind, None) or defined.get(kind) or found
-    if token is not None:
+    if token := getattr(special_tokens, kind, None) or defined.get(kind) or found:
       tokens[kind] = token
   if missing := [kind for kind in _OWN_NAMES if kind not in tokens]:
     raise ValueError(
@@ -210,7 +200,16 @@ def make_tokenizer(
 
 
 def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
-  """Returns the backend and the special tokens that the tokenizer defines."""
+  """Returns the backend, and the special tokens that the tokenizer defines."""
+  try:
+    return _load_any(path_or_name)
+  except Exception as error:  # the library `tokenizers` raises Exception itself
+    raise ValueError(
+      f"tokenizer {os.fspath(path_or_name)!r} can't be read: {type(error).__name__}: {error}"
+    ) from error
+
+
+def _load_any(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
   path = pathlib.Path(path_or_name)
   if path.is_file():
     return tokenizers.Tokenizer.from_file(str(path)), {}
@@ -220,6 +219,8 @@ def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[s
     if config.get("tokenizer_class") == _GENERIC_CLASS:
       values = {kind: config[kind] for kind in _OWN_NAMES if config.get(kind) is not None}
       defined = {k: v["content"] if isinstance(v, dict) else v for k, v in values.items()}
+      if wrong := [f"{k}={v!r}" for k, v in defined.items() if not isinstance(v, str)]:
+        raise ValueError(f"{_CONFIG_FILE} has {', '.join(wrong)}, which are no texts")
       return tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE)), defined
   elif _TOKENIZER_FILE in has:
     return tokenizers.Tokenizer.from_file(str(path / _TOKENIZER_FILE)), {}
@@ -230,10 +231,11 @@ def _load(path_or_name: str | os.PathLike) -> tuple[tokenizers.Tokenizer, dict[s
 
   import transformers
 
-  # The class decides which special tokens a config that names none has.
+  # The class decides which special tokens a config that names none has. Without the argument,
+  # transformers would ask on standard input whether to run the folder's own code.
   loaded = transformers.AutoTokenizer.from_pretrained(path_or_name, trust_remote_code=False)
   if not loaded.is_fast:
-    raise ValueError(f"tokenizer {os.fspath(path_or_name)!r} has no fast (`tokenizers`) form")
+    raise ValueError("it has no fast (`tokenizers`) form")
   tokens = {kind: getattr(loaded, kind) for kind in _OWN_NAMES}
   return loaded.backend_tokenizer, {k: v for k, v in tokens.items() if v is not None}
 

@@ -11,6 +11,7 @@ does what is left to do.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from selfimprove_jax.language_models import chat_api
+from selfimprove_jax.language_models import chat_api, structured
 from selfimprove_jax.language_models.chat_api import Prices
 from selfimprove_jax.language_models.endpoint import Endpoint
 from selfimprove_jax.language_models.openai_client import AttemptError, Call, with_retries
@@ -147,7 +148,10 @@ def collect(folder: str | os.PathLike, *, model: Endpoint, prices: Prices) -> Ba
 
 
 def read_results(folder: str | os.PathLike, *, model: Endpoint, prices: Prices) -> BatchReport:
-  """Stores the answers in a folder's result files, which may be partial or read before."""
+  """Stores the answers in a folder's result files, which may be partial or read before.
+
+  As in `Endpoint`, a refusal, a filtered reply and one that violates its schema are errors.
+  """
   folder = pathlib.Path(folder)
   api = dataclasses.replace(model.api, prices=prices)
   requests = _read_folder(folder)
@@ -157,19 +161,26 @@ def read_results(folder: str | os.PathLike, *, model: Endpoint, prices: Prices) 
     for number, line in enumerate(_lines(path), start=1):
       try:
         result = json.loads(line)
-        key = result["custom_id"]
-      except (ValueError, KeyError, TypeError):
+        key = str(result["custom_id"])
+      except (ValueError, KeyError, TypeError, RecursionError):
         damaged.append(f"{path.name}:{number}")
         continue
       if key not in requests:
-        unknown.append(str(key))
+        unknown.append(key)
         continue
       try:
         answer = api.answer(requests[key], _payload(result))
       except AttemptError as error:
         errors[key] = str(error)
-      else:
-        model.store.add(key, answer, model=api.identity)
+        continue
+      problem = chat_api.why_unusable(answer)
+      if problem is None and requests[key].json_schema is not None:
+        _, problem = structured.read(requests[key], answer.text)
+      if problem is not None:
+        # It is paid for, once however often the file is read, but is no answer to the request.
+        errors[key] = problem
+        key = f"{key} unusable {hashlib.sha256(line.strip()).hexdigest()}"
+      model.store.add(key, answer, model=api.identity)
   stored = {key for key in requests if model.store.find(key) is not None}
   errors = {key: error for key, error in errors.items() if key not in stored}
   return BatchReport(len(requests), len(stored), errors, unknown, damaged, {})
@@ -191,18 +202,22 @@ async def _submit(folder: pathlib.Path, model: Endpoint, prices: Prices, max_act
     if state["ledger_call"] is None:
       most = sum(prices.usd(model.api.most_usage(r)) for _, r in _read_requests(requests))
       state["ledger_call"] = model.store.begin(
-        f"batch {checksum}", model=model.api.identity, most_usd=most
+        f"batch {checksum}", model=model.api.identity, most_usd=most, lease=False
       )
-      _write_state(path, state)
+      try:
+        _write_state(path, state)
+      except BaseException:
+        model.store.not_billed(state["ledger_call"])  # nothing was sent
+        raise
     if state["file_id"] is None:
       file = (requests.name, content, "application/jsonl")
       uploaded = await _send(model, _method("files.create", file=file, purpose="batch"))
-      state["file_id"] = uploaded["id"]
+      state["file_id"] = _text(uploaded, "id")
       _write_state(path, state)
     url = json.loads(content.partition(b"\n")[0])["url"]
     start = functools.partial(_find_or_start, model, checksum, state["file_id"], url)
     batch = await with_retries(start, model.retries)
-    _write_state(path, state | {"batch_id": batch["id"], "status": batch["status"]})
+    _write_state(path, state | {"batch_id": _text(batch, "id"), "status": _text(batch, "status")})
     num_active += 1
 
 
@@ -212,9 +227,11 @@ async def _find_or_start(model: Endpoint, checksum: str, file_id: str, url: str)
   It exists already if an earlier run was killed before it stored the batch's id.
   """
   listed = await model.client.send_json(_method("batches.list", limit=100))
-  for batch in listed["data"]:
-    if (batch.get("metadata") or {}).get("requests_sha256") == checksum:
-      return batch
+  batches = listed.get("data")
+  for batch in batches if isinstance(batches, list) else []:
+    with contextlib.suppress(AttributeError, TypeError, KeyError):  # not of our making
+      if batch["metadata"]["requests_sha256"] == checksum:
+        return batch
   create = _method(
     "batches.create",
     input_file_id=file_id,
@@ -233,9 +250,9 @@ async def _fetch(folder: pathlib.Path, model: Endpoint) -> dict[str, str]:
     results = _sibling(path, _RESULTS)
     if state["batch_id"] is not None and not results.exists():
       batch = await _send(model, _method("batches.retrieve", state["batch_id"]))
-      if batch["status"] in _ENDED:
+      if _text(batch, "status") in _ENDED:
         files = [batch.get("output_file_id"), batch.get("error_file_id")]
-        parts = [await _download(model, file) for file in files if file]
+        parts = [await _download(model, str(file)) for file in files if file]
         storage.write_atomic(results, b"".join(parts))
       state["status"] = batch["status"]
       _write_state(path, state)
@@ -261,7 +278,7 @@ def _method(name: str, *args: Any, **options: Any) -> Call:
 
 
 def _read_folder(folder: pathlib.Path) -> dict[str, TextRequest]:
-  """Returns key -> request of a folder's request files; only prompt and length are restored."""
+  """Returns key -> request of a folder's request files, with what results are read by."""
   paths = sorted(folder.glob(f"*{_REQUESTS}"))
   return dict(pair for path in paths for pair in _read_requests(path))
 
@@ -270,11 +287,13 @@ def _read_requests(path: pathlib.Path) -> Iterator[tuple[str, TextRequest]]:
   for line in _lines(path):
     record = json.loads(line)
     body = record["body"]
+    form = body.get("response_format") or {"json_schema": {"schema": None}}
     is_chat = record["url"] == _API + chat_api.CHAT_PATH
     request = TextRequest(
       prompt=body["messages" if is_chat else "prompt"],
       max_tokens=body["max_tokens" if "max_tokens" in body else "max_completion_tokens"],
       top_logprobs=body.get("top_logprobs" if is_chat else "logprobs"),
+      json_schema=form["json_schema"]["schema"],
     )
     yield record["custom_id"], request
 
@@ -285,11 +304,20 @@ def _payload(result: dict[str, Any]) -> dict[str, Any]:
   Raises:
     AttemptError: the line has no successful response.
   """
-  response = result.get("response") or {}
-  if response.get("status_code") == 200 and isinstance(response.get("body"), dict):
-    return response["body"]
-  said = result.get("error") or response.get("body") or "no answer"
+  response = result.get("response")
+  if isinstance(response, dict):
+    if response.get("status_code") == 200 and isinstance(response.get("body"), dict):
+      return response["body"]
+    response = response.get("body")
+  said = result.get("error") or response or "no answer"
   raise AttemptError(str(said)[:300], billed=False)
+
+
+def _text(payload: dict[str, Any], name: str) -> str:
+  """Returns a field of a response; AttemptError if it is no text."""
+  if not isinstance(payload.get(name), str) or not payload[name]:
+    raise AttemptError(f"an answer without {name}: {str(payload)[:300]}", billed=False)
+  return payload[name]
 
 
 def _lines(path: pathlib.Path) -> Iterator[bytes]:

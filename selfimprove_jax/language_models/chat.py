@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from selfimprove_jax.data.tokenizer import Tokenizer
 from selfimprove_jax.language_models.protocol import ROLES
+from selfimprove_jax.language_models.template import Template, TemplateError
 
 PLAIN = "plain"
 # For base models, which never saw a chat: role names, and an empty line between the turns.
@@ -22,7 +23,7 @@ _PLAIN_STOPS = ("\n\nUser:", "\n\nSystem:")
 
 
 class ChatTemplate:
-  """A model's chat template, rendered in Jinja's sandbox without prompt injection.
+  """A model's chat template, rendered in a sandbox with a budget, and without prompt injection.
 
   Special tokens in the template become special tokens. In a message they never do: a user's
   "<|im_end|>" is encoded as its ten characters. The same holds for added tokens that are not
@@ -61,7 +62,7 @@ class ChatTemplate:
     self.stop_strings: tuple[str, ...] = _PLAIN_STOPS if source == PLAIN else ()
     source = _PLAIN_SOURCE if source == PLAIN else source
     self._special_tokens = dict(special_tokens)
-    self._template = _compile(source)
+    self._template = Template(source)
     self._encoder = _Encoder(tokenizer, source)
     self.stop_ids = self._find_stop_ids(tuple(eos_ids))
 
@@ -76,31 +77,32 @@ class ChatTemplate:
       add_generation_prompt: append what precedes the assistant's next message.
 
     Raises:
-      ValueError: the messages are not supported, or the template rejects them, with its reason.
+      ValueError: the messages are not supported; a TemplateError if the template rejects them, with
+        its reason, or would loop or allocate too much.
     """
-    import jinja2
-
     if not messages:
       raise ValueError("messages is empty; at least one message is needed")
     marked = [self._mark(index, message) for index, message in enumerate(messages)]
-    try:
-      text = self._template.render(
-        messages=marked, add_generation_prompt=add_generation_prompt, **self._special_tokens
-      )
-    except (jinja2.TemplateError, TypeError, KeyError, OverflowError) as error:
-      raise ValueError(f"the chat template refuses these messages: {error}") from error
+    text = self._template.render(
+      marked, add_generation_prompt=add_generation_prompt, **self._special_tokens
+    )
     return self._encoder.encode(text)
 
-  def _mark(self, index: int, message: Mapping[str, Any]) -> dict[str, str]:
+  def _mark(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a message whose spelled control tokens are replaced by marks."""
     role = message.get("role")
     if role not in ROLES:
       raise ValueError(f"messages[{index}] has role {role!r}; supported are {', '.join(ROLES)}")
     mark = self._encoder.mark_special if role == "assistant" else self._encoder.mark_all
-    marked = {
+    content = message.get("content")
+    if content is None and role == "assistant" and message.get("tool_calls"):
+      content = ""  # clients leave it out then
+    marked: dict[str, Any] = {
       "role": "system" if role == "developer" else role,
-      "content": mark(_content_text(index, message.get("content"))),
+      "content": mark(_content_text(index, content)),
     }
+    if role == "assistant" and message.get("tool_calls"):
+      marked["tool_calls"] = _map_strings(message["tool_calls"], self._encoder.mark_all)
     if isinstance(message.get("name"), str):
       marked["name"] = self._encoder.mark_all(message["name"])
     return marked
@@ -114,11 +116,22 @@ class ChatTemplate:
         self.render([user, {"role": "assistant", "content": content}], add_generation_prompt=False)
         for content in "bc"
       )
-    except ValueError:  # the template has no assistant messages
+    except TemplateError:  # the template has no assistant messages
       return eos_ids
     after = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one[::-1], other[::-1]))
     ends = [token for token, _ in after if self._encoder.is_control(token)][-1:]
     return tuple(dict.fromkeys([*eos_ids, *ends]))
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+  """Changes all strings of a JSON value."""
+  if isinstance(value, str):
+    return change(value)
+  if isinstance(value, Mapping):
+    return {key: _map_strings(item, change) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_map_strings(item, change) for item in value]
+  return value
 
 
 def _content_text(index: int, content: Any) -> str:
@@ -133,49 +146,6 @@ def _content_text(index: int, content: Any) -> str:
   raise ValueError(
     f"messages[{index}].content is {given}; supported are a string and a list of "
     f'{{"type": "text", "text": ...}}'
-  )
-
-
-def _compile(source: str) -> Any:
-  """Returns the Jinja template, with the extensions that chat templates use."""
-  import jinja2
-  import jinja2.ext
-  import jinja2.sandbox
-
-  class Generation(jinja2.ext.Extension):
-    """Renders `{% generation %}`, which marks the text that is trained on, as its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-      next(parser.stream)
-      return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-  def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  # A template comes with a stranger's checkpoint: the sandbox blocks its way to Python's objects.
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-  )
-  environment.filters["tojson"] = _to_json
-  environment.globals["raise_exception"] = raise_exception
-  try:
-    return environment.from_string(source)
-  except jinja2.TemplateError as error:
-    raise ValueError(f"the chat template is not valid Jinja: {error}") from error
-
-
-def _to_json(
-  value: Any,
-  indent: int | None = None,
-  ensure_ascii: bool = False,
-  separators: Any = None,
-  sort_keys: bool = False,
-) -> str:
-  # Jinja's own filter escapes for HTML.
-  return json.dumps(
-    value, indent=indent, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys
   )
 
 

@@ -35,7 +35,9 @@ _OPTIONAL = (
   *("stop", "presence_penalty", "frequency_penalty"),
   *("top_k", "repetition_penalty", "stop_ids", "min_tokens"),
 )
-_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+_MALFORMED = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError)
+_LEAST_LOGPROB, _ROUNDING = -1e9, 1e-3  # some servers' log-probabilities are rounded above 0
+_MOST_TOKENS = 2**31  # a larger count in a response's usage is no count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +154,13 @@ class ChatApi:
       said = payload.get("error") or "no choices"
       raise AttemptError(f"an answer without a text: {str(said)[:300]}", billed=True) from None
     if isinstance(text, list):  # parts, not all of which are text
-      text = "".join(part.get("text", "") for part in text)
-    text = refusal or text or ""
+      texts = [part.get("text") if isinstance(part, Mapping) else part for part in text]
+      text = "".join(part for part in texts if part is not None) if _are_texts(texts) else text
+    if not _are_texts([text, refusal, reason]):
+      said = str([text, refusal, reason])[:300]
+      raise AttemptError(f"an answer whose text or reason is no text: {said}", billed=True)
+    # JSON can spell half of a surrogate pair, which no file can hold.
+    text = (refusal or text or "").encode(errors="replace").decode()
     usage = self._usage(request, text, payload.get("usage"))
     logprobs = None
     try:
@@ -182,11 +189,11 @@ class ChatApi:
 
   def _usage(self, request: TextRequest | ScoreRequest, text: str, said: Any) -> Usage:
     """Returns the usage that a response reports, or an estimate if it reports none."""
-    match said:
-      case {"prompt_tokens": int(prompt), "completion_tokens": int(completion)} if (
-        min(prompt, completion) >= 0
-      ):
-        return Usage(prompt, completion)
+    if isinstance(said, Mapping):
+      counts = [said.get("prompt_tokens"), said.get("completion_tokens")]
+      # A boolean is an integer in Python.
+      if all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
+        return Usage(*counts)
     completion = self.count_tokens(text) if text else 0
     return Usage(self.num_prompt_tokens(request), completion, estimated=True)
 
@@ -194,7 +201,7 @@ class ChatApi:
     self, request: ScoreRequest, choice: Mapping[str, Any], usage: Usage
   ) -> tuple[TokenLogprob, ...]:
     """Returns the log-probabilities of the continuation's tokens, each with the most likely one."""
-    logprobs = _logprobs(choice, 1) or ()
+    logprobs = _logprobs(choice, 1, is_echo=True) or ()
     num_prompt = len(logprobs) - 1 if usage.estimated else usage.prompt_tokens
     if not 0 < num_prompt <= len(logprobs):
       raise EndpointError(
@@ -214,9 +221,15 @@ class ChatApi:
     else:
       first = num_prompt - len(request.continuation)
     found = logprobs[first:num_prompt]
+    if not all(token.top for token in found):
+      raise AttemptError("the echoed tokens lack the most likely ones", billed=True)
     if first < 0 or any(math.isnan(token.logprob) for token in found):
       raise AttemptError("the first token of a prompt has no log-probability", billed=True)
     return found
+
+
+def _are_texts(values: list[Any]) -> bool:
+  return all(value is None or isinstance(value, str) for value in values)
 
 
 def why_unusable(answer: Answer) -> str | None:
@@ -252,28 +265,41 @@ def _whole(request: ScoreRequest) -> str | list[int]:
   raise ValueError("an endpoint scores two texts, or token ids after token ids")
 
 
-def _logprobs(choice: Mapping[str, Any], num_top: int) -> tuple[TokenLogprob, ...] | None:
-  """Returns a choice's log-probabilities, in the form of chats or of completions; None without."""
+def _logprobs(
+  choice: Mapping[str, Any], num_top: int, *, is_echo: bool = False
+) -> tuple[TokenLogprob, ...] | None:
+  """Returns a choice's log-probabilities, in the form of chats or of completions; None without.
+
+  ValueError and the like: they are malformed.
+  """
   found = choice.get("logprobs")
   if not isinstance(found, Mapping):
     return None
   if isinstance(found.get("content"), list):
-    return tuple(
-      TokenLogprob(
+    entries = [
+      (
         entry["token"],
         entry["logprob"],
-        tuple((other["token"], other["logprob"]) for other in entry.get("top_logprobs") or ()),
+        [(other["token"], other["logprob"]) for other in entry.get("top_logprobs") or ()],
       )
       for entry in found["content"]
-    )
-  tokens, values = found.get("tokens") or (), found.get("token_logprobs") or ()
-  tops = found.get("top_logprobs") or [None] * len(tokens)
-  result = []
-  for token, value, top in zip(tokens, values, tops, strict=True):
-    ranked = sorted((top or {}).items(), key=lambda pair: -pair[1])[:num_top]
-    # The first token of an echoed prompt has no probability.
-    result.append(TokenLogprob(token, math.nan if value is None else value, tuple(ranked)))
-  return tuple(result)
+    ]
+  else:
+    tokens, values = found.get("tokens") or (), found.get("token_logprobs") or ()
+    tops = found.get("top_logprobs") or [None] * len(tokens)
+    ranked = [sorted((top or {}).items(), key=lambda pair: -pair[1])[:num_top] for top in tops]
+    entries = list(zip(tokens, values, ranked, strict=True))
+  for place, (token, value, top) in enumerate(entries):
+    for name, number in [(token, value), *top]:
+      # The first token of an echoed prompt has no probability.
+      is_first = is_echo and place == 0 and number is None
+      is_logprob = type(number) in (int, float) and _LEAST_LOGPROB <= number <= _ROUNDING
+      if not isinstance(name, str) or not (is_logprob or is_first):
+        raise ValueError(f"{str(name)[:50]!r} has the log-probability {str(number)[:50]}")
+  return tuple(
+    TokenLogprob(token, math.nan if value is None else float(value), tuple(top))
+    for token, value, top in entries
+  )
 
 
 def _sample_seed(seed: int, sample: int) -> int:

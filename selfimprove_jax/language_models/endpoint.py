@@ -15,6 +15,7 @@ a run that was killed continues with the answers that it had paid for.
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -45,7 +46,13 @@ from selfimprove_jax.language_models.protocol import (
   Usage,
   is_chat,
 )
-from selfimprove_jax.language_models.store import Answer, BudgetError, CallStore
+from selfimprove_jax.language_models.store import (
+  Answer,
+  BudgetError,
+  CallStore,
+  InFlightError,
+  StoreError,
+)
 from selfimprove_jax.runs import artifacts
 
 T = TypeVar("T")
@@ -55,6 +62,7 @@ Q = TypeVar("Q", TextRequest, ScoreRequest)
 # one slow call at the head of the line would leave the endpoint idle.
 _LOOK_AHEAD = 4
 _BUDGET_POLL_SECONDS = 0.05
+_LEASE_POLL_SECONDS = 0.05, 1.0  # the first wait, and the longest
 _LIMITS, _RETRIES, _TIMEOUTS = Limits(), Retries(), Timeouts()
 
 
@@ -80,7 +88,8 @@ class Endpoint:
   """A `LanguageModel` behind HTTP.
 
   A request fails alone (`Reply.error`) if the endpoint refuses it, if all attempts fail, or if its
-  reply violates the schema after all repairs. It is not stored then, so the next run retries it.
+  reply is a refusal, was filtered, or violates the schema after all repairs. It is not kept in the
+  store then, so the next run retries it.
   """
 
   def __init__(
@@ -239,6 +248,7 @@ class Endpoint:
 
   async def _reply_with_repairs(self, request: TextRequest, *, has_schema: bool) -> Reply:
     turn, usage, cost, all_cached, parsed, problem = request, Usage(0, 0), 0.0, True, None, None
+    answers: dict[str, Answer] = {}
     for _ in range(1 + self._max_repairs):
       try:
         answer, cached = await self._answer(turn)
@@ -248,6 +258,7 @@ class Endpoint:
         # The earlier turns are paid for, so their text is returned with both problems.
         problem = f"{problem}; and asked to repair it: {error}"
         break
+      answers[self.api.key(turn)] = answer
       usage, cost, all_cached = usage + answer.usage, cost + answer.cost_usd, all_cached and cached
       problem = chat_api.why_unusable(answer)
       if problem is not None or not has_schema:
@@ -259,9 +270,11 @@ class Endpoint:
         problem = f"the reply was cut at max_tokens={request.max_tokens}: {problem}"
         break
       turn = structured.repair_turn(turn, answer.text, problem)
+    if problem is not None:  # the next run tries again; the ledger keeps the price
+      await asyncio.to_thread(self.store.drop, answers)
     return Reply(
       id=request.id,
-      text=answer.text,
+      text=parsed if request.choices and problem is None else answer.text,
       finish_reason=answer.finish_reason,
       usage=usage,
       parsed=parsed,
@@ -303,7 +316,7 @@ class Endpoint:
     if found is not None:
       return found, True
     try:
-      answer = await with_retries(lambda: self._attempt(key, request, call), self.retries)
+      paid = await with_retries(lambda: self._attempt(key, request, call), self.retries)
     except AttemptError as error:
       self._failures_in_a_row += 1
       if self._failures_in_a_row >= self.retries.max_failures_in_a_row:
@@ -315,10 +328,26 @@ class Endpoint:
       self._ended = self._ended or error
       raise
     self._failures_in_a_row = 0
-    return answer, False
+    return paid
 
-  async def _attempt(self, key: str, request: TextRequest | ScoreRequest, call: "_Call") -> Answer:
-    """Makes one attempt: entry in the ledger, call, answer in the store."""
+  async def _attempt(
+    self, key: str, request: TextRequest | ScoreRequest, call: "_Call"
+  ) -> tuple[Answer, bool]:
+    """Makes one attempt, unless another process has the answer or is about to have it."""
+    while True:
+      with contextlib.suppress(InFlightError):
+        return await self._pay(key, request, call)
+      seconds = _LEASE_POLL_SECONDS[0]
+      while await asyncio.to_thread(self.store.is_in_flight, key):
+        if self._ended is not None:
+          raise self._ended
+        await asyncio.sleep(seconds)
+        seconds = min(1.5 * seconds, _LEASE_POLL_SECONDS[1])
+
+  async def _pay(
+    self, key: str, request: TextRequest | ScoreRequest, call: "_Call"
+  ) -> tuple[Answer, bool]:
+    """Makes one call: entry in the ledger, call, answer in the store."""
     expected = self.api.num_prompt_tokens(request), self.api.most_usage(request).completion_tokens
     async with self._throttle.slot(*expected) as took:
       if call.waiters == 0:
@@ -327,10 +356,19 @@ class Endpoint:
       try:
         number = await self._reserve(key, request, call)
         try:
+          # Another process may have answered it before this one got the lease.
+          if (found := await asyncio.to_thread(self.store.find, key)) is not None:
+            took(0, 0)
+            await asyncio.to_thread(self.store.not_billed, number)
+            return found, True
           answer = await self._post(key, request)
           took(answer.usage.prompt_tokens, answer.usage.completion_tokens)
           self._throttle.succeeded()
-          return await asyncio.to_thread(self.store.paid, number, answer)
+          try:
+            return await asyncio.to_thread(self.store.paid, number, answer), False
+          except StoreError as error:  # such as a full disk: the answer is returned, the run ends
+            self._ended = self._ended or error
+            return answer, False
         except (AttemptError, RequestError, EndpointError) as error:
           if error.billed:
             await asyncio.to_thread(self.store.lost, number)
@@ -338,7 +376,14 @@ class Endpoint:
             took(0, 0)
             await asyncio.to_thread(self.store.not_billed, number)
           if isinstance(error, AttemptError) and error.overloaded:
-            self._throttle.cool_down(error.retry_after or self.retries.initial_seconds)
+            seconds = error.retry_after or self.retries.initial_seconds
+            if seconds <= self.retries.max_retry_after_seconds:  # else the run ends
+              self._throttle.cool_down(seconds)
+          raise
+        except StoreError:
+          raise
+        except BaseException:  # whatever it was, the call may have been billed
+          self.store.lost(number)
           raise
       finally:
         call.may_be_billed = False

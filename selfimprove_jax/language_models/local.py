@@ -7,14 +7,15 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from jax.sharding import Mesh
 
 from selfimprove_jax.data.tokenizer import Tokenizer, make_tokenizer
 from selfimprove_jax.language_models import structured
-from selfimprove_jax.language_models.chat import ChatTemplate, any_of
+from selfimprove_jax.language_models.chat import PLAIN, ChatTemplate, any_of
 from selfimprove_jax.language_models.protocol import (
   Prompt,
   Reply,
@@ -26,6 +27,7 @@ from selfimprove_jax.language_models.protocol import (
   is_chat,
 )
 from selfimprove_jax.models.checkpoints import Checkpoint, open_checkpoint
+from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
 from selfimprove_jax.models.llama import Llama, LlamaConfig
 from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.runtime.config import section
@@ -62,8 +64,9 @@ _AUTO = ComputeConfig()
 class LocalModel:
   """A `LanguageModel` on a sampling engine, for one thread at a time.
 
-  A reply depends on the checkpoint, the request and the seed alone. JSON schemas and choices are
-  enforced token by token, so a reply violates them only if it is cut at `max_tokens`.
+  A reply depends on the checkpoint, the request and the seed alone. JSON schemas are
+  enforced token by token, so a reply violates them only if it is cut at `max_tokens`. Of choices
+  the likeliest is returned.
 
   Attributes:
     engine: a `sampling.engine.Engine`, whose ends of sequence are `eos_ids`; None after `close`.
@@ -133,12 +136,15 @@ class LocalModel:
     def pairs() -> Iterator[engine_requests.ScoreRequest]:
       for request in requests:
         try:
-          context, continuation = self._encode_pair(request)
+          context, continuation = self.encode_pair(request)
         except ValueError as error:
           taken.append((request, str(error)))
         else:
           taken.append((request, None))
-          yield engine_requests.ScoreRequest(prompt=context, continuation=continuation)
+          shared = self._shared(request.context, context, request.shared)
+          yield engine_requests.ScoreRequest(
+            prompt=context, continuation=continuation, shared=shared
+          )
 
     def refused() -> Iterator[Score]:
       while taken and taken[0][1] is not None:
@@ -173,10 +179,36 @@ class LocalModel:
 
   def _submit(self, request: TextRequest) -> tuple[TextRequest, int, int | Reply]:
     try:
+      if request.choices:
+        return request, 0, self._choose(request)
       asked = self._engine_request(request)
       return request, len(asked.prompt), self.engine.submit(asked)
     except ValueError as error:
       return request, 0, Reply.failed(request, str(error))
+
+  def _choose(self, request: TextRequest) -> Reply:
+    """Returns the choice of the highest probability, whatever the temperature is.
+
+    It is the probability of the whole text and the end that follows it, not normalized by length:
+    the first token alone may be likely for another choice.
+    """
+    prompt = self._encode(request.prompt)
+    tokens = [[*self.tokenizer.encode(choice), self.eos_ids[0]] for choice in request.choices]
+    scores = list(
+      self.engine.score(
+        engine_requests.ScoreRequest(prompt=prompt, continuation=ids, shared=[len(prompt)])
+        for ids in tokens
+      )
+    )
+    for score in scores:
+      if score.error is not None:
+        return Reply.failed(request, score.error)
+    best = max(range(len(scores)), key=lambda place: scores[place].logprob)
+    choice, ids = request.choices[best], tuple(tokens[best][:-1])
+    usage = Usage(len(prompt), len(ids))
+    return Reply(
+      id=request.id, text=choice, finish_reason="stop", usage=usage, parsed=choice, tokens=ids
+    )
 
   def _engine_request(self, request: TextRequest) -> engine_requests.Request:
     prompt = self._encode(request.prompt)
@@ -185,6 +217,7 @@ class LocalModel:
     sampling = {f.name: getattr(request, f.name) for f in dataclasses.fields(SamplingConfig)}
     return engine_requests.Request(
       prompt=prompt,
+      shared=self._shared(request.prompt, prompt, request.shared),
       max_new_tokens=request.max_tokens,
       min_new_tokens=request.min_tokens,
       seed=self.seed if request.seed is None else request.seed,
@@ -194,7 +227,7 @@ class LocalModel:
       stop_ids=tuple(request.stop_ids),
       stop_strings=(*request.stop, *chat_stops),
       top_logprobs=request.top_logprobs,
-      grammar=self._grammar(schema, tuple(request.choices)),
+      grammar=None if schema is None else self._grammar(schema),
     )
 
   def _encode(self, prompt: Prompt) -> list[int]:
@@ -203,10 +236,21 @@ class LocalModel:
     if not is_chat(prompt):
       return [int(token) for token in prompt]
     if self.chat is None:
-      raise ValueError(f"{self.name} has no chat template, and the prompt is messages")
+      raise ValueError(
+        f"{self.name} has no chat template, and the prompt is messages: give a text, or load the "
+        f"model with chat_template={PLAIN!r}"
+      )
     return self.chat.render(prompt)
 
-  def _encode_pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
+  def _shared(self, prompt: Prompt, ids: Sequence[int], shared: Sequence[int]) -> list[int]:
+    """Returns how many of a prompt's tokens belong to each shared part of it."""
+    if not isinstance(prompt, str) and not is_chat(prompt):
+      return list(shared)
+    cut = (_beginning(prompt, end) for end in shared)
+    # A token that spans the end of a part is not shared.
+    return [num_equal(ids, self._encode(part)) for part in cut if len(part)]
+
+  def encode_pair(self, request: ScoreRequest) -> tuple[list[int], list[int]]:
     """Returns the ids of a context, at least one, and of its continuation."""
     context, continuation = request.context, request.continuation
     ids = self._encode(context)
@@ -215,17 +259,14 @@ class LocalModel:
     elif isinstance(context, str):
       # Tokenized alone, a continuation would get other tokens than the same text gets in training.
       whole = self._encode(context + continuation)
-      pairs = zip(ids, whole[:-1])
-      shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+      shared = num_equal(ids, whole[:-1])
       ids, rest = whole[:shared], whole[shared:]
     else:
       rest = self.tokenizer.encode(continuation)
     return ids or list(self.prefix_ids or self.eos_ids[:1]), rest
 
-  def _compile(self, schema: str | None, choices: tuple[str, ...]) -> Grammar | None:
-    if choices:
-      return self.grammars.choices(choices)
-    return None if schema is None else self.grammars.json_schema(json.loads(schema))
+  def _compile(self, schema: str) -> Grammar:
+    return self.grammars.json_schema(json.loads(schema))
 
 
 def load(
@@ -235,6 +276,7 @@ def load(
   num_slots: int | None = None,
   max_length: int | None = None,
   compute: ComputeConfig = _AUTO,
+  tokenizer: str | os.PathLike | None = None,
   chat_template: str | None = None,
   batch_invariant: bool = True,
   seed: int = 0,
@@ -242,18 +284,22 @@ def load(
   """Loads a checkpoint with its tokenizer and chat template.
 
   Args:
-    checkpoint: a path that `open_checkpoint` reads, or what it returned.
+    checkpoint: a path that `open_checkpoint` reads, such as a GGUF file, a Hugging Face folder, or
+      `runs/sbp_quick/arms/sbp`; or what it returned.
     mesh: devices and how parameters are sharded; None for all devices, each with all parameters.
     num_slots: completions sampled at once; None for 16, or the next multiple of the data shards.
     max_length: maximum number of tokens of a prompt and its completion; None for the model's
       context, at most 2048.
-    chat_template: Jinja source, or `chat.PLAIN`; None for the checkpoint's own.
+    tokenizer: a Hugging Face folder with a tokenizer, for a checkpoint that has none or to replace
+      its own; None for the checkpoint's own.
+    chat_template: Jinja source, or "plain" for a model that never saw a chat, such as a trained
+      arm; None for the checkpoint's own.
     batch_invariant: as in `Engine`.
     seed: seed for requests that have none.
 
   Raises:
-    ValueError: there is no such checkpoint, it lacks a tokenizer or an end of sequence, or
-      `max_length` exceeds its context.
+    ValueError: there is no such checkpoint, it lacks a tokenizer or an end of sequence, the
+      tokenizer has more ids than the model, or `max_length` exceeds its context.
   """
   if not isinstance(checkpoint, Checkpoint):
     checkpoint = open_checkpoint(checkpoint)
@@ -268,9 +314,8 @@ def load(
       f"max_length={max_length} must be between 2 and {context}, the context of the model at "
       f"{checkpoint.path}"
     )
-  files = checkpoint.tokenizer_files()
-  special, name = files.special_tokens, str(checkpoint.path)
-  tokenizer = make_tokenizer(files.backend, special, name=name, default=special.get("eos_token"))
+  files, tokenizer = _load_tokenizer(checkpoint, tokenizer)
+  special = files.special_tokens
   chat, eos_ids = None, files.eos_ids or (tokenizer.eos_id,)
   source = files.chat_template if chat_template is None else chat_template
   if source is not None:
@@ -303,6 +348,44 @@ def load(
     prefix_ids=files.prefix_ids,
     seed=seed,
   )
+
+
+def _load_tokenizer(
+  checkpoint: Checkpoint, folder: str | os.PathLike | None
+) -> tuple[TokenizerFiles, Tokenizer]:
+  """Returns the tokenizer of a folder, or the checkpoint's own; see `load`."""
+  if folder is None:
+    files, name = checkpoint.tokenizer_files(), str(checkpoint.path)
+  else:
+    files = read_tokenizer(pathlib.Path(folder), begins_with_bos=False)
+    name = str(folder)
+  special = files.special_tokens
+  tokenizer = make_tokenizer(files.backend, special, name=name, default=special.get("eos_token"))
+  vocab_size = checkpoint.compute_config({}).vocab_size
+  if tokenizer.vocab_size > vocab_size:
+    raise ValueError(
+      f"the tokenizer of {name} has {tokenizer.vocab_size} ids, and the model at "
+      f"{checkpoint.path} has {vocab_size}"
+    )
+  return files, tokenizer
+
+
+def _beginning(prompt: Prompt, num_chars: int) -> Prompt:
+  """Returns the first characters of a text, or of the contents of messages."""
+  if isinstance(prompt, str):
+    return prompt[:num_chars]
+  cut: list[Any] = []
+  for message in prompt:
+    if num_chars <= 0:
+      break
+    cut.append({**message, "content": message["content"][:num_chars]})
+    num_chars -= len(message["content"])
+  return cut
+
+
+def num_equal(a: Sequence[int], b: Sequence[int]) -> int:
+  """Returns the length of the longest common beginning."""
+  return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b)))
 
 
 def record_id(request: TextRequest) -> int:

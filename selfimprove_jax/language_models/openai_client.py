@@ -29,6 +29,7 @@ _SHOWN_CHARACTERS = 300
 # replies that contain the word.
 _LEAST_SECRET_CHARACTERS = 16
 _BURST_SECONDS = 1.0
+_MAX_BODY_BYTES = 2**30
 
 
 class EndpointError(RuntimeError):
@@ -179,6 +180,9 @@ class OpenAIClient:
       api_key=self._key or "none",
       max_retries=0,
       timeout=openai.Timeout(timeouts.read, connect=timeouts.connect, pool=None),
+      # A compressed body of a megabyte may unpack to gigabytes.
+      default_headers={"Accept-Encoding": "identity"},
+      http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_bound_body]}),
     )
 
   async def send(self, call: Call) -> bytes:
@@ -194,10 +198,15 @@ class OpenAIClient:
         response = await call(self._client.with_raw_response, self._headers)
     except openai.APIStatusError as error:
       self._raise_status(error.response)
-    except openai.APIConnectionError as error:
+    except (openai.APIConnectionError, _BodyError) as error:
       self._raise_connection(error)
     except openai.OpenAIError as error:
       raise self._failed(f": {self._without_key(str(error))}") from None
+    except UnicodeEncodeError as error:
+      raise RequestError(f"the request can't be sent ({error})", status=400) from None
+    except (LookupError, AssertionError, ValueError, TypeError) as error:
+      # The client decodes a response by the charset that the server names, such as rot13.
+      raise self._failed(f" sent a response that can't be read ({type(error).__name__})") from None
     except TimeoutError:
       raise self._failed(f" took longer than {self._timeouts.total:g} s") from None
     if len(self._key) < _LEAST_SECRET_CHARACTERS:
@@ -209,7 +218,11 @@ class OpenAIClient:
     content = await self.send(call)
     try:
       value = json.loads(content)
-    except ValueError as error:
+      # A key that is escaped in the body shows only after decoding.
+      if len(self._key) >= _LEAST_SECRET_CHARACTERS:
+        key, text = json.dumps(self._key)[1:-1], json.dumps(value, ensure_ascii=False)
+        value = json.loads(text.replace(key, "[key]"))
+    except (ValueError, RecursionError) as error:
       raise self._failed(f" sent invalid JSON ({error})") from None
     if not isinstance(value, dict):
       raise self._failed(" sent JSON that is not an object")
@@ -225,10 +238,12 @@ class OpenAIClient:
   def _raise_connection(self, error: Exception) -> NoReturn:
     # Compared by name: the cause is of the HTTP library, which differs between the client's
     # versions.
-    cause = error.__cause__
+    cause = error.__cause__ or error
     name = type(cause).__name__
     if name == "ReadTimeout":
       raise self._failed(f" sent nothing for {self._timeouts.read:g} s") from None
+    if isinstance(cause, _BodyError):
+      raise self._failed(f" sent {cause}") from None
     detail = self._without_key(f"{name}: {cause}" if str(cause) else name)
     if name in ("ConnectError", "ConnectTimeout"):
       raise self._failed(f" can't be reached ({detail})", billed=False) from None
@@ -236,12 +251,16 @@ class OpenAIClient:
 
   def _raise_status(self, response: Any) -> NoReturn:
     status = response.status_code
-    said = self._without_key(" ".join(response.text.split()))[:_SHOWN_CHARACTERS]
-    message = f"{self.base_url}: {status} {response.reason_phrase}: {said}"
+    said = response.content.decode(errors="replace")
+    with contextlib.suppress(ValueError, RecursionError):
+      said = json.dumps(json.loads(said), ensure_ascii=False)  # shows what was escaped
+    said = self._without_key(" ".join(said.split()))[:_SHOWN_CHARACTERS]
+    reason = self._without_key(response.reason_phrase)[:_SHOWN_CHARACTERS]
+    message = f"{self.base_url}: {status} {reason}: {said}"
     if status in (401, 403):
       whose = f"the key in {self._key_name} is refused" if self._key_name else "it needs a key"
       raise EndpointError(f"{message}\n{whose}")
-    if status == 402 or "insufficient_quota" in response.text:
+    if status == 402 or b"insufficient_quota" in response.content:
       raise EndpointError(f"{message}\nthe account has no money left")
     if status == 404:
       raise EndpointError(
@@ -258,6 +277,34 @@ class OpenAIClient:
     return message.replace(self._key, "[key]") if self._key else message
 
 
+class _BodyError(Exception):
+  """The body of a response is compressed, or too large."""
+
+
+async def _bound_body(response: Any) -> None:
+  """Limits what a response's body takes in memory; called before it is read."""
+  encoding = response.headers.get("content-encoding", "identity")
+  if encoding.strip().lower() not in ("", "identity"):
+    raise _BodyError(f"a body that is compressed ({encoding[:20]}), which was not asked for")
+  stream = response.stream
+
+  class Bounded(type(stream)):  # the HTTP library, which differs between versions, asks for its own
+    def __init__(self) -> None:
+      self.size = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+      async for chunk in stream:
+        self.size += len(chunk)
+        if self.size > _MAX_BODY_BYTES:
+          raise _BodyError(f"a body of more than {_MAX_BODY_BYTES} bytes")
+        yield chunk
+
+    async def aclose(self) -> None:
+      await stream.aclose()
+
+  response.stream = Bounded()
+
+
 def retry_after_seconds(headers: Mapping[str, str], *, now: float) -> float | None:
   """Returns the wait that a response asks for: `retry-after-ms`, or `retry-after` in either form.
 
@@ -270,7 +317,7 @@ def retry_after_seconds(headers: Mapping[str, str], *, now: float) -> float | No
       return max(0.0, float(headers[name]) * unit)
   try:
     date = email.utils.parsedate_to_datetime(headers["retry-after"])
-  except (KeyError, ValueError):
+  except (KeyError, ValueError, OverflowError, TypeError, IndexError):
     return None
   if date.tzinfo is None:
     date = date.replace(tzinfo=datetime.UTC)

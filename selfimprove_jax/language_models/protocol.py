@@ -50,6 +50,9 @@ class TextRequest:
     record_id: seeds the local engine's random numbers instead of `id`, in [0, 2**64).
     json_schema: JSON schema that the reply must match; the value is in `Reply.parsed`.
     choices: texts of which the reply must be one; excludes `json_schema`.
+    shared: ends of the parts of the prompt that other requests begin with too (instructions, a
+      document), so that a local model computes them once. They count characters of a text or of
+      the messages' contents taken together, or tokens of token ids. Not part of the content.
   """
 
   prompt: Prompt
@@ -70,6 +73,7 @@ class TextRequest:
   record_id: int | None = None
   json_schema: Mapping[str, Any] | None = None
   choices: Sequence[str] = ()
+  shared: Sequence[int] = ()
 
   def __post_init__(self) -> None:
     allowed = {
@@ -83,6 +87,7 @@ class TextRequest:
       "record_id": (0 <= (self.record_id or 0) < 2**64, "in [0, 2**64), or None"),
       "stop": (_are_texts(self.stop), "a sequence of texts that are not empty"),
       "choices": (_are_texts(self.choices), "a sequence of texts that are not empty"),
+      "shared": (all(end >= 0 for end in self.shared), "numbers of at least 0"),
       "stop_ids": (not len(self.stop_ids) or is_token_ids(self.stop_ids), "token ids"),
     }
     for name, (is_allowed, rule) in allowed.items():
@@ -94,19 +99,21 @@ class TextRequest:
 
   @property
   def key(self) -> str:
-    """SHA-256 of the content: everything but `id` and `record_id`."""
+    """SHA-256 of the content: everything but `id`, `record_id` and `shared`."""
     return artifacts.digest(self._content())
 
   def to_json(self) -> dict[str, Any]:
     """Returns the arguments that make this request, as JSON values."""
-    named = {"id": self.id}
+    named: dict[str, Any] = {"id": self.id}
     if self.record_id is not None:
       named["record_id"] = self.record_id
+    if self.shared:
+      named["shared"] = list(self.shared)
     return {**named, **self._content(), "json_schema": self.json_schema}
 
   def _content(self) -> dict[str, Any]:
     content = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    del content["id"], content["record_id"]
+    del content["id"], content["record_id"], content["shared"]
     # Equal requests must have equal digests, which distinguish 1 from 1.0.
     for name in ("temperature", "top_p", *(n for n in content if n.endswith("_penalty"))):
       content[name] = float(content[name])
@@ -163,7 +170,7 @@ class Reply:
   """A model's reply to a `TextRequest`.
 
   Attributes:
-    text: sampled text; empty if there is none.
+    text: sampled text, or the choice; empty if there is none.
     finish_reason: `stop`, `length`, or another reason that the model named; `error` without a text.
     usage: tokens, summed over all repair turns.
     parsed: the JSON value, or the choice, that was asked for; None if `error` is set.
@@ -215,15 +222,19 @@ class ScoreRequest:
     context: a text, messages, or token ids; a text and ids may be empty.
     continuation: a text or token ids, not empty.
     id: names the request in errors and in its score.
+    shared: as in `TextRequest`, of the context; for choices of one question, all of it.
   """
 
   context: Prompt
   continuation: str | Sequence[Any]
   id: str = ""
+  shared: Sequence[int] = ()
 
   def __post_init__(self) -> None:
     if len(self.context):
       _check_prompt("context", self.context)
+    if any(end < 0 for end in self.shared):
+      raise ValueError(f"shared is {self.shared!r}; it must be numbers of at least 0")
     if not len(self.continuation) or not (
       isinstance(self.continuation, str) or is_token_ids(self.continuation)
     ):
@@ -233,13 +244,16 @@ class ScoreRequest:
 
   @property
   def key(self) -> str:
-    """SHA-256 of the content: everything but `id`."""
-    return artifacts.digest({n: value for n, value in self.to_json().items() if n != "id"})
+    """SHA-256 of the content: everything but `id` and `shared`."""
+    return artifacts.digest(
+      {n: value for n, value in self.to_json().items() if n not in ("id", "shared")}
+    )
 
   def to_json(self) -> dict[str, Any]:
     """Returns the arguments that make this request, as JSON values."""
     context, continuation = map(_prompt_to_json, (self.context, self.continuation))
-    return {"id": self.id, "context": context, "continuation": continuation}
+    made = {"id": self.id, "context": context, "continuation": continuation}
+    return made | {"shared": list(self.shared)} if self.shared else made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -18,6 +19,7 @@ from selfimprove_jax.runs import artifacts, storage
 Q = TypeVar("Q", TextRequest, ScoreRequest)
 R = TypeVar("R", Reply, Score)
 _SHOWN_CHARACTERS = 200
+_logger = logging.getLogger(__name__)
 
 
 class NotInTranscriptError(LookupError):
@@ -33,7 +35,9 @@ class RecordingModel:
   def __init__(self, model: LanguageModel, path: str | os.PathLike) -> None:
     self.name = model.name
     self._model = model
-    self._log = storage.LineLog(storage.path(path))
+    path = storage.path(path)
+    _cut_torn_line(path)
+    self._log = storage.LineLog(path)
 
   def generate(self, requests: Iterable[TextRequest]) -> Iterator[Reply]:
     """Yields the model's replies."""
@@ -76,6 +80,9 @@ class TranscriptModel:
     self._path = storage.path(path)
     self._results: dict[str, Reply | Score] = {}
     for number, line in enumerate(storage.read_lines(self._path), start=1):
+      if not line.endswith("\n"):
+        _logger.warning("%s: the last line is torn, and is left out", self._path)
+        break
       try:
         record = json.loads(line)
         if "score" in record:
@@ -84,7 +91,7 @@ class TranscriptModel:
           request, result = TextRequest(**record["request"]), Reply.from_json(record["reply"])
         self._results[_key(request)] = result
         self.name = record["model"]
-      except (ValueError, KeyError, TypeError) as error:
+      except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{self._path}, line {number}, is not a record: {error}") from None
     if not self._results:
       raise ValueError(f"{self._path} has no records")
@@ -110,6 +117,18 @@ class TranscriptModel:
 
   def close(self) -> None:
     """Does nothing: the file was read whole."""
+
+
+def _cut_torn_line(path: storage.Path) -> None:
+  """Removes the end of a file that was torn while it was written."""
+  if storage.is_remote(path) or not path.exists():
+    return
+  content = path.read_bytes()
+  if whole := content.rpartition(b"\n")[0]:
+    whole += b"\n"
+  if len(whole) < len(content):
+    _logger.warning("%s: the last line is torn, and is removed", path)
+    storage.write_atomic(path, whole)
 
 
 def _key(request: TextRequest | ScoreRequest) -> str:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
-import importlib.util
+import itertools
 import pathlib
 import re
+import runpy
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-  """A sweep of arms and seeds over one config; `get_experiment()` of a launch file returns it.
+  """Sweeps arms and seeds over one config; `get_experiment()` of a launch file returns it.
 
   Attributes:
     name: folder of its runs under `--root`.
@@ -29,9 +30,7 @@ class Experiment:
     arms: name of an arm -> its changes to the config, by dotted key.
     seeds: every arm runs once with each.
     seed_keys: config keys that the seed is written to.
-    resource: what one unit runs on.
     arguments: further flags of every unit, such as `--stages=documents`.
-    environment: variables set for every unit.
     command: runs in place of `python -m selfimprove_jax.main`, with the same flags.
   """
 
@@ -48,12 +47,11 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WorkUnit:
-  """One run of the sweep.
+  """Describes one run of the sweep.
 
   Attributes:
     number: position in the sweep, from 1.
     name: `ARM-seedN`; its folder under the experiment's.
-    argv: command, config, overrides, folder and further flags.
   """
 
   number: int
@@ -63,17 +61,6 @@ class WorkUnit:
   environment: Mapping[str, str]
   resource: Resource
 
-  def process_argv(self, process: int, coordinator: str) -> list[str]:
-    """Returns the command of one of its processes, which meet at `coordinator` (HOST:PORT)."""
-    if self.resource.processes == 1:
-      return list(self.argv)
-    return [
-      *self.argv,
-      f"--coordinator={coordinator}",
-      f"--num_processes={self.resource.processes}",
-      f"--process_id={process}",
-    ]
-
 
 def load_experiment(path: str | pathlib.Path) -> Experiment:
   """Calls `get_experiment()` of a Python file.
@@ -81,17 +68,12 @@ def load_experiment(path: str | pathlib.Path) -> Experiment:
   Raises:
     ValueError: there is no such file, or it returns no `Experiment`.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
+  if not pathlib.Path(path).is_file():
     raise ValueError(f"--experiment={path}: there is no such file")
-  spec = importlib.util.spec_from_file_location(f"launch_file_{path.stem}", path)
-  if spec is None or spec.loader is None:
-    raise ValueError(f"--experiment={path} is not a Python file")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_experiment"):
+  names = runpy.run_path(str(path))
+  if "get_experiment" not in names:
     raise ValueError(f"--experiment={path} defines no get_experiment()")
-  experiment = module.get_experiment()
+  experiment = names["get_experiment"]()
   if not isinstance(experiment, Experiment):
     raise ValueError(f"get_experiment() of {path} returned {experiment!r}, not an Experiment")
   return experiment
@@ -101,8 +83,8 @@ def work_units(experiment: Experiment, *, root: str, python: str) -> list[WorkUn
   """Returns every arm with every seed, each in `ROOT/<experiment>/<unit>`; reads no config.
 
   Args:
-    root: folder of all experiments; an object store's address for backends that run elsewhere.
-    python: interpreter of the units, unless the experiment names another command.
+    root: folder of all experiments, or an object store's address.
+    python: interpreter of the units, unless the experiment has its own command.
 
   Raises:
     ValueError: the sweep is empty, two units share a name, or a name cannot be a folder's.
@@ -114,7 +96,7 @@ def work_units(experiment: Experiment, *, root: str, python: str) -> list[WorkUn
     )
   command = (python, *_MAIN) if experiment.command is None else experiment.command
   units: dict[str, WorkUnit] = {}
-  for arm, seed in ((arm, seed) for arm in experiment.arms for seed in experiment.seeds):
+  for arm, seed in itertools.product(experiment.arms, experiment.seeds):
     name = f"{arm}-seed{seed}"
     for part in (experiment.name, name):
       if not _NAME.fullmatch(part):
@@ -156,12 +138,11 @@ def check_overrides(
   """Loads the config with each arm's overrides by the flag parser that `main.py` uses.
 
   Args:
-    validate: raises ValueError for a whole config that its pipeline refuses; also gets the keys of
-      the overrides.
+    validate: gets a config with overrides and their keys; raises ValueError if it is invalid.
 
   Raises:
     ValueError: there is no such config or variant; or an arm, which the message names, overrides a
-      key that the config lacks, a key with a value of another type, or gives an invalid config.
+      missing key, gives a value of another type, or makes the config invalid.
   """
   _load_config(experiment.config, {}, "cannot read the config")
   for arm, changes in experiment.arms.items():
@@ -195,9 +176,9 @@ def _load_config(config: str, overrides: Mapping[str, Override], message: str) -
     return values["config"].value.to_dict()
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     fault: object = error
-    while isinstance(fault, Exception) and fault.args:  # ml_collections wraps one in another
+    while isinstance(fault, Exception) and fault.args:  # ml_collections nests errors as arguments
       fault = fault.args[0]
-    lines = str(fault).strip().splitlines()  # the last one if a whole traceback became the message
+    lines = str(fault).strip().splitlines()  # a whole traceback may be the message: use its end
     raise ValueError(f"{message} {config}: {lines[-1] if lines else fault!r}") from error
 
 

@@ -1,8 +1,7 @@
 """Makes a work unit's Kubernetes objects: an indexed Job, one pod per process, and a Service.
 
 xmanager 0.8.5 makes a job of one pod that can request GPUs but no TPUs. These objects request a TPU
-slice by its topology, and name the pods so that they find each other; `jax.distributed` does the
-rest.
+slice by its topology, and give the pods DNS names by which `jax.distributed` connects them.
 """
 
 import math
@@ -27,11 +26,7 @@ _ACCELERATORS = {
 
 
 def object_name(experiment: str, unit: WorkUnit) -> str:
-  """Returns a name that Kubernetes accepts: lower case, digits and dashes, 52 characters at most.
-
-  Raises:
-    ValueError: the name is longer.
-  """
+  """Returns a name that Kubernetes accepts: at most 52 lower-case letters, digits and dashes."""
   name = re.sub(r"[^a-z0-9]+", "-", f"{experiment}-{unit.name}".lower()).strip("-")
   if len(name) > 52:  # 63 for a pod, whose name adds an index and a few letters
     raise ValueError(f"{name!r} is too long for Kubernetes: experiment and unit, 52 characters")
@@ -45,25 +40,22 @@ def objects(
 
   Args:
     image: container image with the package installed.
-    retries: how often a failing pod is started again; it continues from the unit's folder.
+    retries: how often a failing pod is restarted; it continues from the unit's folder.
     grace_s: seconds from SIGTERM to SIGKILL.
-
-  Raises:
-    ValueError: the names are too long for Kubernetes.
   """
   name = object_name(experiment, unit)
   resource = unit.resource
   pods_per_host = resource.processes // resource.hosts
-  limits: dict[str, str] = {}
-  selector: dict[str, str] = {}
-  requests: dict[str, str] = {}
+  limits, selector, requests = {}, {}, {}
   if resource.is_tpu:
-    limits["google.com/tpu"] = str(resource.devices)
-    selector["cloud.google.com/gke-tpu-accelerator"] = _ACCELERATORS[resource.kind]
-    selector["cloud.google.com/gke-tpu-topology"] = str(resource.topology)
+    limits = {"google.com/tpu": str(resource.devices)}
+    selector = {
+      "cloud.google.com/gke-tpu-accelerator": _ACCELERATORS[resource.kind],
+      "cloud.google.com/gke-tpu-topology": resource.topology,
+    }
   elif resource.is_gpu:
-    limits["nvidia.com/gpu"] = str(resource.devices)
-    selector["cloud.google.com/gke-accelerator"] = _ACCELERATORS[resource.kind]
+    limits = {"nvidia.com/gpu": str(resource.devices)}
+    selector = {"cloud.google.com/gke-accelerator": _ACCELERATORS[resource.kind]}
   if resource.cpus:
     requests["cpu"] = f"{resource.cpus / pods_per_host:g}"
   if resource.memory_gib:
@@ -87,7 +79,7 @@ def objects(
     "completionMode": "Indexed",
     "completions": resource.processes,
     "parallelism": resource.processes,
-    # A failing pod takes the others of its unit along, and every one of them counts.
+    # One failing pod makes all pods of its unit fail, and each of them counts.
     "backoffLimit": retries * resource.processes,
     "template": {"metadata": {"labels": {"unit": name}}, "spec": pod},
   }

@@ -3,11 +3,11 @@
 SIGINT or SIGTERM to the launcher sends SIGTERM to the units, which save and exit; the same command
 then skips complete units and continues with the others.
 
-submitit's LocalExecutor would lose guarantees that the tests hold: groups of devices that no two
-units share, whole process groups killed, retries in the same folder, and locks that outlive a
-killed launcher.
+submitit's LocalExecutor gives no groups of devices that no two units share, no killing of whole
+process groups, no retries in the same folder, and no locks that outlive a killed launcher.
 """
 
+import functools
 import os
 import pathlib
 import socket
@@ -29,9 +29,6 @@ def device_groups(
     devices: ids of the GPUs to use, as nvidia-smi prints them; None uses those in
       CUDA_VISIBLE_DEVICES, or all.
     max_parallel: most units at a time; None is 1 on CPU and TPU, and all that fit on GPUs.
-
-  Raises:
-    ValueError: one unit needs more than this machine has.
   """
   if resource.hosts > 1:
     raise ValueError(
@@ -61,16 +58,18 @@ def _gpus() -> list[str]:
 
 def commands(unit: WorkUnit, group: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
   """Returns arguments and added environment of each process of a unit on one group of devices."""
-  with socket.socket() as server:
+  resource, made = unit.resource, []
+  with socket.socket() as server:  # finds a free port
     server.bind(("127.0.0.1", 0))
-    coordinator = f"127.0.0.1:{server.getsockname()[1]}"
-  made = []
-  for process in range(unit.resource.processes):
+    port = server.getsockname()[1]
+  shared = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={resource.processes}"]
+  for process in range(resource.processes):
+    flags = [*shared, f"--process_id={process}"] if resource.processes > 1 else []
     environment = {**unit.environment, **cpu_environment(unit)}
-    if unit.resource.is_gpu:
-      own = group[process * unit.resource.devices :][: unit.resource.devices]
+    if resource.is_gpu:
+      own = group[process * resource.devices :][: resource.devices]
       environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
-    made.append((unit.process_argv(process, coordinator), environment))
+    made.append(([*unit.argv, *flags], environment))
   return made
 
 
@@ -110,11 +109,9 @@ def run(
     folder: holds the records; see `records.make_folder`.
     groups: device ids; one unit runs on each group at a time.
     retries: how often a failing unit is repeated, with the same command and folder.
-    grace_s: seconds from SIGTERM to SIGKILL.
 
   Raises:
     processes.Stopped: SIGINT or SIGTERM came, and the units have ended.
-    ValueError: `retries` is negative, or a unit still runs elsewhere.
   """
   if retries < 0:
     raise ValueError(f"--retries={retries} must be 0 or more")
@@ -122,36 +119,33 @@ def run(
   for unit in units:
     if unit.name not in todo:
       print(f"{unit.name}: complete already", flush=True)
-  locks = records.lock(folder, todo.values())
 
-  def task(unit: WorkUnit) -> Task:
-    return Task(
-      name=unit.name,
-      make=lambda group: [
-        _logged(argv, environment, records.log_path(folder, unit, index))
-        for index, (argv, environment) in enumerate(commands(unit, group))
-      ],
-      retries=retries,
-      pass_fds=(locks[unit.name].fileno(),),
-    )
+  def attempt(unit: WorkUnit, group: Sequence[str]) -> list[Process]:
+    made = []
+    for index, (argv, environment) in enumerate(commands(unit, group)):
+      log = records.log_path(folder, unit, index)
+      with log.open("a") as file:
+        file.write(f"+ {shell(argv, environment)}\n")
+      made.append(Process(argv=argv, environment=environment, log=log))
+    return made
 
-  try:
+  def print_start(task: Task, number: int) -> None:
+    print(f"{task.name}: attempt {number} of {retries + 1}", flush=True)
+
+  with records.lock(folder, todo.values()) as locks:
     processes.run(
-      [task(unit) for unit in todo.values()],
+      [
+        Task(
+          name=name,
+          make=functools.partial(attempt, unit),
+          retries=retries,
+          pass_fds=(locks[name],),  # the lock lasts until the unit's last process has ended
+        )
+        for name, unit in todo.items()
+      ],
       slots=groups,
       grace_seconds=grace_s,
-      on_start=lambda task, attempt: print(
-        f"{task.name}: attempt {attempt} of {retries + 1}", flush=True
-      ),
+      on_start=print_start,
       on_end=lambda end: records.append(folder, todo[end.task], end),
     )
-  finally:
-    for file in locks.values():
-      file.close()
   return all(records.is_complete(folder, unit) for unit in units)
-
-
-def _logged(argv: list[str], environment: dict[str, str], log: pathlib.Path) -> Process:
-  with log.open("a") as file:
-    file.write(f"+ {shell(argv, environment)}\n")
-  return Process(argv=argv, environment=environment, log=log)

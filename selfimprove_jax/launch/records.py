@@ -12,8 +12,7 @@ import os
 import pathlib
 import signal
 import socket
-from collections.abc import Iterable, Sequence
-from io import TextIOWrapper
+from collections.abc import Iterable, Iterator, Sequence
 
 from selfimprove_jax.launch.experiment import WorkUnit
 from selfimprove_jax.launch.resource import count
@@ -23,15 +22,11 @@ _REPORTED_LINES = 8
 
 
 def make_folder(root: str, experiment: str) -> pathlib.Path:
-  """Makes the folder of an experiment's records.
-
-  Raises:
-    ValueError: it is in an object store, or is not writable.
-  """
+  """Makes the folder of an experiment's records, and checks that it is writable."""
   if "://" in root:
     raise ValueError(
       f"--root={root}: this backend keeps logs and records there and needs a folder of a file "
-      f"system; use an object store with --backend=xmanager --executor=kubernetes or vertex"
+      f"system; an object store needs --backend=xmanager --executor=kubernetes or vertex"
     )
   folder = pathlib.Path(root) / experiment / "launch"
   try:
@@ -40,9 +35,7 @@ def make_folder(root: str, experiment: str) -> pathlib.Path:
     probe.write_text("")
     probe.unlink()
   except OSError as error:
-    raise ValueError(
-      f"--root={root}: cannot write in {folder}: {error.strerror or error}"
-    ) from error
+    raise ValueError(f"--root={root}: cannot write in {folder}: {error.strerror}") from error
   return folder
 
 
@@ -64,13 +57,8 @@ def append(folder: pathlib.Path, unit: WorkUnit, end: End) -> None:
   """Records how an attempt ended, and prints it."""
   outcome = "stopped" if end.stopped else "failed" if end.returncode else "complete"
   log = log_path(folder, unit, end.process)
-  entry = {
-    "argv": unit.argv,
-    "outcome": outcome,
-    "returncode": end.returncode,
-    "seconds": round(end.seconds, 1),
-    "log": log.name,
-  }
+  entry = {"argv": unit.argv, "outcome": outcome, "returncode": end.returncode}
+  entry |= {"seconds": round(end.seconds, 1), "log": log.name}
   with (folder / f"{unit.name}.jsonl").open("a") as file:
     file.write(json.dumps(entry) + "\n")
     file.flush()
@@ -88,8 +76,9 @@ def is_complete(folder: pathlib.Path, unit: WorkUnit) -> bool:
   )
 
 
-def lock(folder: pathlib.Path, units: Iterable[WorkUnit]) -> dict[str, TextIOWrapper]:
-  """Locks units; closing the returned files, by unit name, unlocks them.
+@contextlib.contextmanager
+def lock(folder: pathlib.Path, units: Iterable[WorkUnit]) -> Iterator[dict[str, int]]:
+  """Locks units while the block runs; yields the locks' file descriptors by unit name.
 
   Uses flock and not `filelock`, since a unit's processes inherit the file descriptor: the lock then
   lasts as long as they do, even if the launcher is killed.
@@ -97,23 +86,22 @@ def lock(folder: pathlib.Path, units: Iterable[WorkUnit]) -> dict[str, TextIOWra
   Raises:
     ValueError: a unit still runs, under another launcher or left over from a killed one.
   """
-  held: dict[str, TextIOWrapper] = {}
-  for unit in units:
-    file = _lock_path(folder, unit).open("a+")
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      for other in (*held.values(), file):
-        other.close()
-      raise ValueError(
-        f"unit {unit.name} still runs, under another launcher or left over from a killed one: wait "
-        f"for it or end it (its files are in {folder})"
-      ) from None
-    file.truncate(0)
-    file.write(f"{socket.gethostname()} {os.getpid()}")
-    file.flush()
-    held[unit.name] = file
-  return held
+  with contextlib.ExitStack() as stack:
+    held = {}
+    for unit in units:
+      file = stack.enter_context(_lock_path(folder, unit).open("a+"))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        raise ValueError(
+          f"unit {unit.name} still runs, under another launcher or left over from a killed one: "
+          f"wait for it or end it (its files are in {folder})"
+        ) from None
+      file.truncate(0)
+      file.write(f"{socket.gethostname()} {os.getpid()}")
+      file.flush()
+      held[unit.name] = file.fileno()
+    yield held
 
 
 def stop(folder: pathlib.Path, units: Iterable[WorkUnit]) -> None:
@@ -144,21 +132,20 @@ def report(folder: pathlib.Path, units: Sequence[WorkUnit]) -> str:
   for unit in units:
     attempts = read(folder, unit)
     last = attempts[-1] if attempts else {"outcome": "not run"}
-    tries = count(len(attempts), "attempt")
-    if is_complete(folder, unit):
-      lines.append(f"{unit.name}: complete, {tries}, {last['seconds']:.0f} s")
-    elif last["outcome"] == "not run":
-      lines.append(f"{unit.name}: not run")
-    elif last["outcome"] == "stopped":
-      lines.append(
-        f"{unit.name}: stopped after {last['seconds']:.0f} s; the same command continues"
-      )
-    elif last["outcome"] == "complete":
-      lines.append(f"{unit.name}: not run with its present flags")
-    else:
-      log = folder / last["log"]
-      lines.append(f"{unit.name}: FAILED, {tries}, exit code {last['returncode']}; {log}")
-      if log.exists():
-        text = log.read_text(errors="replace")
-        lines += [f"    {line}" for line in text.splitlines()[-_REPORTED_LINES:]]
+    tries, log_lines = count(len(attempts), "attempt"), []
+    match last["outcome"]:
+      case "complete" if is_complete(folder, unit):
+        state = f"complete, {tries}, {last['seconds']:.0f} s"
+      case "complete":
+        state = "not run with its present flags"
+      case "stopped":
+        state = f"stopped after {last['seconds']:.0f} s; the same command continues"
+      case "failed":
+        log = folder / last["log"]
+        state = f"FAILED, {tries}, exit code {last['returncode']}; {log}"
+        if log.exists():
+          log_lines = log.read_text(errors="replace").splitlines()[-_REPORTED_LINES:]
+      case _:
+        state = "not run"
+    lines += [f"{unit.name}: {state}", *(f"    {line}" for line in log_lines)]
   return "\n".join(lines)

@@ -5,6 +5,7 @@ TPU slices are named as in Google's documents, `v5p:8x8x8`: generation, and chip
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 GPUS = ("l4", "a100", "a100_80gib", "h100", "h200", "b200")
@@ -17,16 +18,14 @@ _CHIPS_PER_HOST = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resource:
-  """Devices, processes and limits of one work unit; made by `cpu`, `gpu` or `tpu`.
+  """Describes devices, processes and limits of one work unit; made by `cpu`, `gpu` or `tpu`.
 
   Attributes:
     kind: `cpu`, a GPU such as `h100`, or a TPU generation such as `v5p`.
     devices: JAX devices per process.
     processes: processes per unit, spread evenly over the hosts.
-    hosts: machines.
     topology: chips along each edge of a TPU slice, such as `8x8x8`; None for CPUs and GPUs.
-    cpus: CPU cores per host; None leaves it to the backend.
-    memory_gib: memory per host, in GiB; None leaves it to the backend.
+    cpus, memory_gib: cores and GiB of memory per host; None leaves them to the backend.
     hours: time limit on a cluster; None leaves it to the backend.
   """
 
@@ -66,10 +65,8 @@ class Resource:
   def describe(self) -> str:
     """Formats the resource in one line: `16 x h100, 2 processes on 2 hosts, 24 h`."""
     name = f"{self.kind}:{self.topology}" if self.topology else self.kind
-    parts = [
-      f"{self.total_devices} x {name}, {count(self.processes, 'process')} on "
-      f"{count(self.hosts, 'host')}"
-    ]
+    parts = [f"{self.total_devices} x {name}"]
+    parts.append(f"{count(self.processes, 'process')} on {count(self.hosts, 'host')}")
     if self.cpus:
       parts.append(f"{count(self.cpus, 'core')} per host")
     if self.memory_gib:
@@ -80,40 +77,22 @@ class Resource:
 
 
 def cpu(*, devices: int = 1, processes: int = 1, hosts: int = 1, **limits: Any) -> Resource:
-  """Describes CPU cores, seen by each process as `devices` JAX devices.
+  """Describes CPU cores, which each process sees as `devices` JAX devices.
 
-  Args:
-    **limits: `cpus`, `memory_gib` and `hours`, as in `Resource`.
-
-  Raises:
-    ValueError: a number is below 1, or the processes do not divide over the hosts.
+  `limits` here and below: `cpus`, `memory_gib` and `hours` of `Resource`.
   """
   return Resource(kind="cpu", devices=devices, processes=processes, hosts=hosts, **limits)
 
 
 def gpu(kind: str, *, devices: int = 1, hosts: int = 1, **limits: Any) -> Resource:
-  """Describes `devices` GPUs on each of `hosts` machines, one process per machine.
-
-  Args:
-    **limits: `cpus`, `memory_gib` and `hours`, as in `Resource`.
-
-  Raises:
-    ValueError: the kind is unknown, or a number is below 1.
-  """
+  """Describes `devices` GPUs on each of `hosts` machines, one process per machine."""
   if kind not in GPUS:
     raise ValueError(f"GPU {kind!r} is unknown; there are {', '.join(GPUS)}")
   return Resource(kind=kind, devices=devices, processes=hosts, hosts=hosts, **limits)
 
 
 def tpu(slice_name: str, **limits: Any) -> Resource:
-  """Describes a slice of a TPU pod, such as `v5p:8x8x8`, one process per host.
-
-  Args:
-    **limits: `cpus`, `memory_gib` and `hours`, as in `Resource`.
-
-  Raises:
-    ValueError: the generation or its slice is unknown.
-  """
+  """Describes a slice of a TPU pod, such as `v5p:8x8x8`, one process per host."""
   kind, _, topology = slice_name.partition(":")
   if kind not in _TPUS:
     raise ValueError(
@@ -121,11 +100,10 @@ def tpu(slice_name: str, **limits: Any) -> Resource:
     )
   edges, most = _TPUS[kind]
   shapes = _FLAT if edges == 2 else _SMALL_CUBES
-  if topology not in shapes and not (edges == 3 and _is_cube_of_fours(topology, most)):
-    larger = f" or edges in rising multiples of 4, up to {most} chips (4x4x8)"
+  larger = f" or edges in rising multiples of 4, up to {most} chips (4x4x8)" if edges == 3 else ""
+  if topology not in shapes and not (larger and _is_cuboid_of_fours(topology, most)):
     raise ValueError(
-      f"topology {topology!r} of {slice_name!r} is unknown: {kind} has {', '.join(shapes)}"
-      + (larger if edges == 3 else "")
+      f"topology {topology!r} of {slice_name!r} is unknown: {kind} has {', '.join(shapes)}{larger}"
     )
   chips = math.prod(map(int, topology.split("x")))
   hosts = 1 if edges == 2 and chips <= 8 else chips // _CHIPS_PER_HOST
@@ -134,11 +112,10 @@ def tpu(slice_name: str, **limits: Any) -> Resource:
   )
 
 
-def _is_cube_of_fours(topology: str, most: int) -> bool:
-  edges = topology.split("x")
-  if len(edges) != 3 or not all(edge.isdecimal() for edge in edges):
+def _is_cuboid_of_fours(topology: str, most: int) -> bool:
+  if not re.fullmatch(r"\d+x\d+x\d+", topology, re.ASCII):
     return False
-  sizes = [int(edge) for edge in edges]
+  sizes = [int(edge) for edge in topology.split("x")]
   fours = all(size >= 4 and size % 4 == 0 for size in sizes)
   return fours and sizes == sorted(sizes) and math.prod(sizes) <= most
 

@@ -1,7 +1,7 @@
 """Submits work units to Slurm through `submitit` (extra `slurm`): one job array for a sweep.
 
-On GPUs a unit has one process per GPU, which is what JAX expects under Slurm. Before the time limit
-Slurm sends SIGTERM; the unit saves, and its job is queued again and continues.
+On GPUs a unit has one process per GPU, as JAX expects under Slurm. Slurm sends SIGTERM before the
+time limit; the unit saves, and its job is queued again and continues.
 """
 
 import functools
@@ -24,31 +24,26 @@ from selfimprove_jax.runs.processes import Process, Task
 def run_unit(unit: WorkUnit, folder: pathlib.Path, *, retries: int, grace_s: float) -> None:
   """Runs one unit within its Slurm allocation; submitit calls this on the allocation's first node.
 
-  Exits with the unit's code if it fails to the end. If stopped, queues the job again.
-
-  Raises:
-    ValueError: the unit still runs in another job.
+  Exits with the unit's code if all attempts fail. If stopped, queues the job again.
   """
   import submitit
 
   argv, environment = _command(unit)
   process = Process(argv=argv, environment=environment, log=records.log_path(folder, unit))
-  locks = records.lock(folder, [unit])
-  try:
-    [end] = processes.run(
-      [Task(name=unit.name, make=lambda slot: [process], retries=retries)],
-      slots=["allocation"],
-      grace_seconds=grace_s,
-      on_end=lambda end: records.append(folder, unit, end),
-    )
-  except processes.Stopped:
-    if not records.is_complete(folder, unit):
-      # submitit would queue it again only after SIGUSR2, which kills a unit that does not handle
-      # it; main.py saves on SIGTERM.
-      subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=True)
-    raise
-  finally:
-    locks[unit.name].close()
+  with records.lock(folder, [unit]):
+    try:
+      [end] = processes.run(
+        [Task(name=unit.name, make=lambda slot: [process], retries=retries)],
+        slots=["allocation"],
+        grace_seconds=grace_s,
+        on_end=lambda end: records.append(folder, unit, end),
+      )
+    except processes.Stopped:
+      if not records.is_complete(folder, unit):
+        # submitit would queue it again only after SIGUSR2, which kills a unit that does not handle
+        # it; main.py saves on SIGTERM.
+        subprocess.run(["scontrol", "requeue", submitit.JobEnvironment().job_id], check=True)
+      raise
   if end.returncode:
     sys.exit(end.returncode)
 
@@ -85,9 +80,6 @@ def parameters(
     grace_s: seconds between SIGTERM and the time limit.
     max_parallel: most units at a time; None sets no limit.
     options: further options of sbatch, such as `partition=gpu`.
-
-  Raises:
-    ValueError: the units need TPUs, an option is not NAME=VALUE, or a number is out of range.
   """
   if retries < 0 or grace_s < 0:
     raise ValueError(f"--retries={retries} and --grace_s={grace_s} must be 0 or more")
@@ -96,7 +88,7 @@ def parameters(
   more: dict[str, Any] = {
     "chdir": pathlib.Path.cwd(),
     "requeue": True,
-    # B: only the batch process gets the signal; it passes it on through srun and waits.
+    # B: only the batch process gets the signal; it forwards it through srun and waits.
     "signal": f"B:TERM@{math.ceil(grace_s)}",
   }
   for option in options:
@@ -122,8 +114,8 @@ def parameters(
 
 def describe(units: Sequence[WorkUnit], parameters: dict[str, Any]) -> str:
   """Formats submitit's parameters and the command of every unit."""
-  given = {**parameters, **parameters["additional_parameters"]}
-  del given["additional_parameters"]
+  given = dict(parameters)
+  given |= given.pop("additional_parameters")
   lines = [f"# {name}={value}" for name, value in given.items() if value is not None]
   for unit in units:
     lines += [f"# {unit.number} {unit.name}", shell(*_command(unit))]
@@ -140,12 +132,7 @@ def submit(
 ) -> list[str]:
   """Submits the units as one array and returns their job ids; does not wait for them.
 
-  Args:
-    folder: holds the records; every node must see it, and the current folder.
-
-  Raises:
-    ImportError: submitit is not installed.
-    ValueError: there is no Slurm here, or sbatch refused the job.
+  Every node must see `folder`, which holds the records, and the current folder.
   """
   try:
     import submitit

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from selfimprove_jax.launch import kubernetes, records
 from selfimprove_jax.launch.experiment import WorkUnit, shell
@@ -29,15 +29,12 @@ def run_here(
   groups: Sequence[tuple[str, ...]],
   command: Sequence[str],
 ) -> bool:
-  """Runs units that are not complete on xmanager's local executor; returns whether all are then.
+  """Runs incomplete units on xmanager's local executor; returns whether all are then complete.
 
   Args:
     folder: holds the records.
     groups: device ids; one unit runs on each group at a time.
     command: this launcher, to which `--only=UNIT` is added.
-
-  Raises:
-    ImportError: xmanager is not installed.
   """
   xm_local = _xm_local()
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -51,8 +48,8 @@ def run_here(
       code = stop.code if isinstance(stop, SystemExit) else 128 + signal.SIGINT
       raise SystemExit(code) from None
     except RuntimeError:
-      # xmanager raises a failed unit's error again when an experiment closes. The records already
-      # show those; a unit without a record has another fault.
+      # xmanager raises a failed unit's error again when an experiment closes. The records show
+      # those failures; a unit without a record has another fault.
       if not all(records.read(folder, unit) for unit in todo):
         raise
   return all(records.is_complete(folder, unit) for unit in units)
@@ -97,22 +94,16 @@ async def _run_here(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remote:
-  """A container and the executor that runs it elsewhere.
-
-  Attributes:
-    executor: "vertex" or "kubernetes".
-    image: container image with the package installed.
-    retries, grace_s: for Kubernetes, see `kubernetes.objects`.
-  """
+  """Runs a container on Vertex or Kubernetes; `kubernetes.objects` explains its fields."""
 
   experiment: str
-  executor: str
+  executor: Literal["vertex", "kubernetes"]
   image: str | None
   retries: int
   grace_s: float
 
   def check(self, units: Sequence[WorkUnit]) -> None:
-    """Raises ValueError for a missing image, local folders, or a resource that is not served."""
+    """Raises ValueError for a missing image, local folders, or an unsupported resource."""
     if not self.image:
       raise ValueError(
         f"--executor={self.executor} needs --image: a container image with the package"
@@ -142,18 +133,14 @@ class Remote:
     return "\n".join(lines)
 
   def submit(self, units: Sequence[WorkUnit]) -> None:
-    """Submits every unit to Vertex or to a Kubernetes cluster, and does not wait for them.
-
-    Raises:
-      ImportError: xmanager is not installed.
-    """
+    """Submits every unit to Vertex or to a Kubernetes cluster, and does not wait for them."""
     asyncio.run(self._submit(_xm_local(), units))
 
   async def _submit(self, xm_local: ModuleType, units: Sequence[WorkUnit]) -> None:
     from xmanager import xm
     from xmanager.xm_local import executables, registry
 
-    # Not packaged: that would pull the image and push it to a registry, where it already is.
+    # Not packaged: that would pull the image and push it to the registry that it is in already.
     executable = executables.GoogleContainerRegistryImage(
       name=self.experiment, image_path=self.image, args=xm.SequentialArgs(), env_vars={}
     )
@@ -165,14 +152,10 @@ class Remote:
           runs_on = xm_local.Kubernetes()
           # Making an executor registers xmanager's own launch function, so replace it afterwards.
           registry.register(xm_local.Kubernetes, launch=_launcher(self._objects(unit)))
-        job = xm.Job(
-          executable=executable,
-          executor=runs_on,
-          name=unit.name,
-          args=list(unit.argv),
-          env_vars=dict(unit.environment),
+        options = {"args": list(unit.argv), "env_vars": dict(unit.environment)}
+        await experiment.add(
+          xm.Job(executable=executable, executor=runs_on, name=unit.name, **options)
         )
-        await experiment.add(job)
         print(f"{unit.name}: submitted to {self.executor}", flush=True)
 
   def _objects(self, unit: WorkUnit) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ class LlamaConfig:
   qk_norm: bool = True
   qkv_bias: bool = False
   tie_embeddings: bool = True
-  rope_theta: Annotated[float, Field(gt=0)] = 500_000.0
+  rope_theta: Annotated[float, Field(ge=1, le=1e30)] = 500_000.0
   rope_scaling: RopeScaling = RopeScaling()
   norm_eps: Annotated[float, Field(ge=0)] = 1e-6
   dropout_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0

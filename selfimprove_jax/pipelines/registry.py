@@ -21,6 +21,8 @@ def names() -> list[str]:
 def load(name: str) -> ModuleType:
   """Imports a pipeline: a module with `Config`, `stages(config)` and `report(run)`.
 
+  It may have `preview(config)`, a text that `--dry_run` prints below its plan.
+
   Raises:
     ValueError: there is no folder of that name.
   """

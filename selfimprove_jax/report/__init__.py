@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from selfimprove_jax.report.report import Report
+from selfimprove_jax.report.blocks import Report
 from selfimprove_jax.runs import storage
 
 
@@ -44,7 +44,7 @@ def to_json(report: Report) -> str:
 
 
 def _plain(value: Any) -> Any:
-  """Turns NumPy numbers and arrays into Python's, and tuples into lists."""
+  """Converts NumPy numbers and arrays to Python's, and tuples to lists."""
   if isinstance(value, dict):
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
 """Draws a `Figure` as an SVG element that takes its colors and its font from the page.
 
-Colors are drawn as placeholders and then replaced by CSS variables, so that one SVG serves the
-light and the dark page. The same figure gives the same bytes.
+Colors are drawn as placeholders and then replaced by CSS variables, so one SVG serves the light and
+the dark page. The same figure gives the same bytes.
 """
 
 import html
@@ -13,52 +13,34 @@ from typing import Any
 
 import numpy as np
 
+import selfimprove_jax.report.blocks as blocks
 import selfimprove_jax.report.formatting as formatting
-from selfimprove_jax.report.report import (
-  Axis,
-  BarPlot,
-  Color,
-  Figure,
-  Histogram,
-  LinePlot,
-  Number,
-  PointPlot,
-  Real,
-  Style,
-)
 
-_ROLES = ("ink", "muted", "rule", "paper", *typing.get_args(Color))
-# Near-blacks that matplotlib does not draw by itself.
+_ROLES = ("ink", "muted", "rule", "paper", *typing.get_args(blocks.Color))
+# Near-blacks that matplotlib never draws by default.
 _PLACEHOLDER = {role: f"#0a0b{16 + index:02x}" for index, role in enumerate(_ROLES)}
 _MARKERS = {
-  "circle": "o",
-  "square": "s",
-  "up": "^",
-  "down": "v",
-  "diamond": "D",
-  "plus": "P",
-  "hollow": "o",
-  "swatch": None,
+  **{"circle": "o", "square": "s", "up": "^", "down": "v"},
+  **{"diamond": "D", "plus": "P", "hollow": "o", "swatch": None},
 }
-_WIDTH = 4.8  # inches; the page shows a figure about 350 to 480 pixels wide
-_ROW_HEIGHT = 0.36
+_WIDTH, _ROW_HEIGHT = 4.8, 0.36  # inches; the page shows a figure about 350 to 480 pixels wide
 
 
-def svg(figure: Figure, *, name: str) -> str:
+def svg(figure: blocks.Figure, *, name: str) -> str:
   """Returns the figure as an `svg` element; `name` makes its ids unique in the page."""
   import matplotlib
   from matplotlib.backends.backend_svg import FigureCanvasSVG
-  from matplotlib.figure import Figure as Canvas
+  from matplotlib.figure import Figure
 
   draw, height = {
-    LinePlot: (_draw_lines, lambda _: 3.4),
-    PointPlot: (_draw_points, lambda plot: 0.75 + _ROW_HEIGHT * len(plot.points)),
-    BarPlot: (_draw_bars, lambda plot: 0.75 + _ROW_HEIGHT * len(plot.bars)),
-    Histogram: (_draw_histogram, lambda _: 2.5),
+    blocks.LinePlot: (_draw_lines, lambda _: 3.4),
+    blocks.PointPlot: (_draw_points, lambda plot: 0.75 + _ROW_HEIGHT * len(plot.points)),
+    blocks.BarPlot: (_draw_bars, lambda plot: 0.75 + _ROW_HEIGHT * len(plot.bars)),
+    blocks.Histogram: (_draw_histogram, lambda _: 2.5),
   }[type(figure.plot)]
   # rcParamsDefault: a matplotlibrc of the user must not change the bytes.
   with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_rc_params(name)}):
-    canvas = Canvas(figsize=(_WIDTH, height(figure.plot)), layout="constrained")
+    canvas = Figure(figsize=(_WIDTH, height(figure.plot)), layout="constrained")
     FigureCanvasSVG(canvas)
     draw(canvas.subplots(), figure.plot)
     out = io.StringIO()
@@ -93,7 +75,7 @@ def _rc_params(name: str) -> dict[str, Any]:
   }
 
 
-def _draw_lines(axes: Any, plot: LinePlot) -> None:
+def _draw_lines(axes: Any, plot: blocks.LinePlot) -> None:
   lows, highs = [], []
   if plot.x.log2:
     axes.set_xscale("log", base=2)
@@ -117,15 +99,17 @@ def _draw_lines(axes: Any, plot: LinePlot) -> None:
     lows.append(y.min())
     highs.append(np.quantile(y, 0.85) if len(y) > 4 else y.max())
   if plot.skip_start and lows:
-    # A loss falls from log(vocabulary); on that scale the ends of the arms would coincide.
+    # A loss starts at log(vocabulary); on that scale the arms' final losses would coincide.
     low, high = min(lows), max(highs)
     axes.set_ylim(low - 0.06 * (high - low + 0.1), high + 0.12 * (high - low + 0.1))
+  if plot.zero:
+    axes.axhline(0, color=_PLACEHOLDER["muted"], linewidth=0.9)
   if not plot.x.log2:
     axes.set_xlim(left=0)
   _finish(axes, plot.x, plot.y)
 
 
-def _draw_points(axes: Any, plot: PointPlot) -> None:
+def _draw_points(axes: Any, plot: blocks.PointPlot) -> None:
   if plot.zero:
     axes.axvline(0, color=_PLACEHOLDER["muted"], linewidth=0.9)
   for row, point in enumerate(plot.points):
@@ -138,10 +122,11 @@ def _draw_points(axes: Any, plot: PointPlot) -> None:
     axes.plot([point.value.value], [row], **marker, **_colors(point.style))
     _label_row(axes, row, formatting.text(point.value))
   _name_rows(axes, [point.label for point in plot.points])
+  axes.locator_params(axis="x", nbins=5)  # the names of the rows leave little width for numbers
   _finish(axes, plot.x, None)
 
 
-def _draw_bars(axes: Any, plot: BarPlot) -> None:
+def _draw_bars(axes: Any, plot: blocks.BarPlot) -> None:
   totals = [sum(widths) for _, widths in plot.bars]
   for row, (_, widths) in enumerate(plot.bars):
     left = 0.0
@@ -156,7 +141,7 @@ def _draw_bars(axes: Any, plot: BarPlot) -> None:
   _finish(axes, plot.x, None)
 
 
-def _draw_histogram(axes: Any, plot: Histogram) -> None:
+def _draw_histogram(axes: Any, plot: blocks.Histogram) -> None:
   counts, edges = np.histogram(plot.values, bins=24)
   color, paper = _PLACEHOLDER[plot.style.color], _PLACEHOLDER["paper"]
   axes.bar(
@@ -165,7 +150,7 @@ def _draw_histogram(axes: Any, plot: Histogram) -> None:
   _finish(axes, plot.x, plot.y)
 
 
-def _colors(style: Style) -> dict[str, str]:
+def _colors(style: blocks.Style) -> dict[str, str]:
   color = _PLACEHOLDER[style.color]
   face = _PLACEHOLDER["paper"] if style.marker == "hollow" else color
   return {"color": color, "markerfacecolor": face}
@@ -188,7 +173,7 @@ def _label_row(axes: Any, row: int, label: str) -> None:
   axes.text(1.02, row, label, transform=place, va="center", ha="left", color=ink)
 
 
-def _finish(axes: Any, x: Axis, y: Axis | None) -> None:
+def _finish(axes: Any, x: blocks.Axis, y: blocks.Axis | None) -> None:
   """Labels the axes and sets their ranges and number formats."""
   axes.set_xlabel(x.label)
   for axis, drawn, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
@@ -200,27 +185,27 @@ def _finish(axes: Any, x: Axis, y: Axis | None) -> None:
     axes.set_title(y.label, loc="left", fontsize=9, color=_PLACEHOLDER["muted"])
 
 
-def _formatted(axis: Axis, value: Real, *, pad: bool = True) -> str:
+def _formatted(axis: blocks.Axis, value: blocks.Real, *, pad: bool = True) -> str:
   if axis.form == "short":
     return formatting.short(value, pad=pad)
-  return formatting.text(Number(value, form=axis.form, digits=0))
+  return formatting.text(blocks.Number(value, form=axis.form, digits=0))
 
 
 def _for_page(drawn: str, *, name: str, title: str) -> str:
-  """Makes an SVG file an element of the page, with ids of its own and the page's colors."""
-  # The XML header, the date in the metadata and the size of the opening tag go.
+  """Turns an SVG file into an element of the page, with unique ids and the page's colors."""
+  # Removes the XML header, the metadata with its date, and the size in the opening tag.
   drawn = drawn[drawn.index("<svg") :]
   drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn, flags=re.DOTALL)
   opening, rest = drawn.split(">", 1)
   view_box = re.search(r'viewBox="[^"]*"', opening).group()
   rest = rest.replace("xlink:href=", "href=")
-  # Figures share one document: ids that are referenced get a prefix, the others are dropped.
+  # Figures share one document: ids with references get a prefix, the others are dropped.
   rest = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", rest)
   used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', rest))
   rest = re.sub(
     r' id="([^"]+)"', lambda m: f' id="{name}-{m[1]}"' if f"{name}-{m[1]}" in used else "", rest
   )
-  # Text keeps its size, the family is inherited from the page.
+  # Text keeps its size and inherits its family from the page.
   rest = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", rest)
   rest = re.sub(r"font-family: [^;\"]*;? ?", "", rest)
   for role, placeholder in _PLACEHOLDER.items():

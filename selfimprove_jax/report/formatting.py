@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from selfimprove_jax.report.report import Bar, Form, Interval, Label, Number, Real, Stack
+from selfimprove_jax.report.blocks import Bar, Form, Interval, Label, Number, Real, Stack
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
@@ -43,9 +43,9 @@ def text(cell: Any) -> str:
 
 def _number(number: Number) -> str:
   written = _value(number.value, number, "+" if number.signed else "")
-  if number.stderr is not None:
-    written += f" {PLUS_MINUS} {_value(number.stderr, number, '')}"
-  return written
+  if number.stderr is None:
+    return written
+  return f"{written} {PLUS_MINUS} {_value(number.stderr, number, '')}"
 
 
 def _value(value: Real | None, number: Number, sign: str) -> str:
@@ -67,7 +67,7 @@ def _value(value: Real | None, number: Number, sign: str) -> str:
 
 
 def decimals(stderr: Real) -> int:
-  """Counts the decimals that show two digits of a standard error."""
+  """Returns the number of decimals that show two digits of a standard error."""
   if not stderr or not math.isfinite(stderr):
     return 3
   return min(max(1 - math.floor(math.log10(abs(stderr))), 0), 8)
@@ -79,7 +79,7 @@ def plus_minus(stderr: Real, *, form: Form = "fixed") -> str:
 
 
 def fixed(value: Real | None) -> str:
-  """Writes `-0.0571` as 0.057 with a minus sign, and a missing number as a dash."""
+  """Writes `0.0571` as `0.057`, and a missing number as a dash."""
   return _number(Number(value))
 
 
@@ -89,7 +89,9 @@ def signed(value: Real | None) -> str:
 
 
 def interval(low_high: Sequence[Real]) -> str:
-  """Writes an interval as `+0.019 to +0.095`."""
+  """Writes an interval as `+0.019 to +0.095`; an infinite one, of a single group, is unknown."""
+  if not all(map(math.isfinite, low_high)):
+    return "unknown"
   return f"{signed(low_high[0])} to {signed(low_high[1])}"
 
 
@@ -99,7 +101,7 @@ def percent(share: Real | None, digits: int = 0) -> str:
 
 
 def short(number: Real | None, *, pad: bool = True) -> str:
-  """Writes three digits and a metric prefix: 1.56M, 4.90T; without `pad`, for ticks, 4.9T."""
+  """Writes three digits and a metric prefix: 1.56M, 4.90T; ticks have no `pad`: 4.9T."""
   if number is None or not math.isfinite(number):
     return MISSING
   exponent = 0

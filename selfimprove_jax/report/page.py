@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 import selfimprove_jax.report.figures as figures
 import selfimprove_jax.report.formatting as formatting
-from selfimprove_jax.report.report import Report
+from selfimprove_jax.report.blocks import Report
 
 MAX_TEXT = 1600  # characters of an excerpt; the artifacts hold the whole text
 

@@ -2,12 +2,13 @@
 
 Axis letters: C documents, E embedding, B batch, T position, D model.
 
-A row has length 1, or is all zeros if there is nothing to embed; a zero row has similarity 0 to
-everything, so no pair is ever made of it. The SBP paper embeds with Qwen3-Embedding-0.6B (1024-d);
-neither embedder here needs a download.
+A row has length 1, or is all zeros if there is nothing to embed: it then has similarity 0 to all
+others and joins no pair. The SBP paper embeds with Qwen3-Embedding-0.6B (1024-d); neither embedder
+here needs a download.
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ class TfidfSvdConfig:
   """Embeds by `TfidfSvd`, fitted on the training documents.
 
   Attributes:
-    dim: directions of the SVD; less than the number of documents and of words that two share.
+    dim: directions of the SVD; below the number of documents, and of words in two or more of them.
   """
 
   method: Literal["tfidf_svd"] = "tfidf_svd"
@@ -38,11 +39,7 @@ class TfidfSvdConfig:
 
 @section
 class SeedModelConfig:
-  """Embeds by the mean hidden state of the pretrained model (`mean_pooled`).
-
-  Attributes:
-    batch_size: documents per forward pass.
-  """
+  """Embeds by the mean hidden state of the pretrained model (`mean_pooled`)."""
 
   method: Literal["seed_model"] = "seed_model"
   batch_size: Annotated[int, Field(ge=1)]
@@ -55,7 +52,7 @@ EmbeddingConfig = Annotated[TfidfSvdConfig | SeedModelConfig, Field(discriminato
 class TfidfSvd:
   """Latent semantic analysis: TF-IDF of words, projected on the corpus's leading directions.
 
-  Fit it once, on training documents; it embeds any others: `TfidfSvd.fit(train, ...)(held_out)`.
+  Fit it on training documents, then embed any others: `TfidfSvd.fit(train, ...)(held_out)`.
   """
 
   vectorizer: Any
@@ -63,15 +60,10 @@ class TfidfSvd:
 
   @classmethod
   def fit(cls, texts: Sequence[str], *, dim: int, seed: int) -> "TfidfSvd":
-    """Learns the words, their weights and the `dim` directions.
-
-    Leaves out words found in one document alone: they can link no two documents.
+    """Learns the words that two documents share, their weights and the `dim` directions.
 
     Args:
       seed: seeds the randomized SVD. The result does not depend on the number of threads.
-
-    Raises:
-      ValueError: the corpus is too small for `dim`.
     """
     import threadpoolctl
     from sklearn.decomposition import TruncatedSVD
@@ -118,28 +110,20 @@ def mean_pooled(
   Args:
     hidden_fn: (tokens_BT, positions_BT, segment_ids_BT) -> hidden states; jit it: every call has
       the same shapes. Segment 0 is padding and does not count in the mean.
-    token_lists: one document each; only its first `seq_len` tokens are read.
+    token_lists: one document each; only its first `seq_len` tokens count.
 
   Returns:
     Float32 unit rows; a zero row for a document without tokens.
   """
-  batches = []
-  batch: list[Sequence[int]] = []
-  for tokens in token_lists:
-    batch.append(tokens)
-    if len(batch) == batch_size:
-      batches.append(_pool_batch(hidden_fn, batch, seq_len, batch_size, pad_id))
-      batch = []
-  if batch or not batches:  # no documents still give an array with D columns
+  batches, remaining = [], iter(token_lists)
+  # Runs at least once, since no documents must still give an array with D columns.
+  while (batch := list(itertools.islice(remaining, batch_size))) or not batches:
     batches.append(_pool_batch(hidden_fn, batch, seq_len, batch_size, pad_id))
   return _unit_rows(np.concatenate(batches))
 
 
 def write_embeddings(path: str | os.PathLike, embeddings_CE: Float[np.ndarray, "C E"]) -> None:
-  """Writes a new float32 zarr3 array at the folder `path`, chunked along C (16 MiB per chunk).
-
-  The folder can be a shard: `with writer.shard("00000-of-00001.zarr") as (path, counts): ...`.
-  """
+  """Writes a new float32 zarr3 array at the folder `path`, chunked along C (16 MiB per chunk)."""
   import tensorstore as ts
 
   rows, dim = embeddings_CE.shape
@@ -158,10 +142,7 @@ def write_embeddings(path: str | os.PathLike, embeddings_CE: Float[np.ndarray, "
 
 
 def open_embeddings(path: str | os.PathLike) -> Any:
-  """Opens an array that `write_embeddings` wrote, as a `tensorstore.TensorStore` of shape (C, E).
-
-  Reads no rows yet: `np.asarray(store[a:b])` does.
-  """
+  """Opens the array of `write_embeddings` as a lazy `tensorstore.TensorStore` of shape (C, E)."""
   import tensorstore as ts
 
   return ts.open(_zarr(path), open=True, read=True).result()
@@ -185,9 +166,7 @@ def _pool_batch(
     tokens_BT[row, :length] = tokens[:length]
     segment_ids_BT[row, :length] = 1
   positions_BT = np.broadcast_to(np.arange(seq_len, dtype=np.int32), tokens_BT.shape)
-  hidden_BTD = hidden_fn(
-    jnp.asarray(tokens_BT), jnp.asarray(positions_BT), jnp.asarray(segment_ids_BT)
-  )
+  hidden_BTD = hidden_fn(*map(jnp.asarray, (tokens_BT, positions_BT, segment_ids_BT)))
   return np.asarray(_masked_mean(hidden_BTD, segment_ids_BT))[: len(batch)]
 
 
@@ -196,7 +175,7 @@ def _masked_mean(
   hidden_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
 ) -> Float[Array, "B D"]:
   is_token_BT = segment_ids_BT > 0
-  # where, not a product: attention over nothing but padding may give NaN, and NaN * 0 is NaN.
+  # where, not a product: attention over only padding may give NaN, and NaN * 0 is NaN.
   hidden_BTD = jnp.where(is_token_BT[:, :, None], hidden_BTD.astype(jnp.float32), 0.0)
   return hidden_BTD.sum(1) / jnp.maximum(is_token_BT.sum(1), 1)[:, None]
 

@@ -1,10 +1,8 @@
 """Finds near-duplicate texts: MinHash and LSH propose, the exact overlap of shingles decides.
 
 Two texts are near-duplicates if the Jaccard overlap of their word shingles exceeds `threshold`. LSH
-misses some (`collision_probability`); proposals are verified. Texts with fewer words than a shingle
-have no shingles and are near-duplicates of nothing.
-
-Memory: the texts, and 4 bytes x `_NUM_PERM` per text. A larger corpus has to be searched by shards.
+misses some (`collision_probability`). Texts with fewer words than a shingle have no shingles and
+are never near-duplicates. Memory holds the texts, and 4 bytes x `_NUM_PERM` per text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,14 +20,11 @@ def near_duplicates(
 ) -> list[int | None]:
   """Returns for each text the index of the first earlier text that it nearly repeats, or None.
 
-  The earlier text may itself repeat a third: which ones to keep is the caller's choice.
+  The earlier text may itself repeat a third; the caller chooses which ones to keep.
 
   Args:
     threshold: in [0, 1); near-duplicates overlap more.
     shingle_size: in words.
-
-  Raises:
-    ValueError: `threshold` is out of range.
   """
   lsh = _new_lsh(threshold)
   found: list[int | None] = []
@@ -49,9 +44,7 @@ def near_duplicates_of(
   """Returns for each text the index of the first reference that it nearly repeats, or None.
 
   Reads the references once and keeps none, so they may be a whole corpus: the index holds the
-  texts, and each reference looks itself up in it.
-
-  Args and Raises: as in `near_duplicates`.
+  texts, and each reference is looked up in it.
   """
   lsh = _new_lsh(threshold)
   for i, (own, signature) in enumerate(_signatures(texts, shingle_size)):
@@ -73,11 +66,11 @@ def collision_probability(jaccard: float, bands: int, rows: int) -> float:
 def choose_bands(threshold: float, num_perm: int) -> int:
   """Returns the fewest bands that propose 98% of the pairs whose overlap is exactly `threshold`.
 
-  Fewer bands propose fewer pairs in vain. If no number of bands suffices, every hash is a band.
+  More bands would propose more pairs to reject. If no number suffices, every hash is a band.
   """
-  divisors = [bands for bands in range(1, num_perm + 1) if num_perm % bands == 0]
-  for bands in divisors:
-    if collision_probability(threshold, bands, num_perm // bands) >= _MIN_RECALL:
+  for bands in range(1, num_perm):
+    is_divisor = num_perm % bands == 0
+    if is_divisor and collision_probability(threshold, bands, num_perm // bands) >= _MIN_RECALL:
       return bands
   return num_perm
 

@@ -9,6 +9,7 @@ Axis letters: Q seeds (queries), C targets (database), M neighbors.
 
 import collections
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypedDict
 
@@ -20,36 +21,42 @@ from selfimprove_jax.retrieval import ann
 from selfimprove_jax.runtime.config import section
 
 NUM_SPECIAL_TOKENS = 3  # BOS d1 SEP d2 EOS
+_MAX_MOVES = 100
+DROP_REASONS = (
+  *("itself", "same_document", "same_group", "low_similarity", "too_long"),
+  *("max_pairs_per_seed", "max_uses_per_target", "near_duplicate"),
+)
 
 
 @section
 class PairFilterConfig:
-  """Filters of neighbor pairs.
+  """Configures the filters of neighbor pairs.
 
   Attributes:
-    min_similarity: pairs above it are kept. (Recalled as 0.75 with the paper's embedder; other
+    min_similarity: keeps pairs above it. (Recalled as 0.75 with the paper's embedder; other
       embedders need other values.)
-    max_jaccard: pairs whose word shingles overlap more are near-duplicates and are dropped.
+    max_jaccard: drops pairs whose word shingles overlap more, as near-duplicates.
     max_uses_per_target: how often a document may be d2; limits hubs.
     max_pairs_per_seed: how often a document may be d1.
+    same_group: also pair passages of different documents of one group (a file, a book, a site),
+      whose text is often similar without being about the same subject. Passages of one document are
+      never paired.
   """
 
   min_similarity: Annotated[float, Field(ge=0, lt=1)]
   max_jaccard: Annotated[float, Field(ge=0, le=1)]
   max_uses_per_target: Annotated[int, Field(ge=1)]
   max_pairs_per_seed: Annotated[int, Field(ge=1)]
+  same_group: bool = False
 
 
 class Pair(TypedDict):
-  """A record of a pairs artifact: the ids of two documents.
-
-  `similarity` is the inner product of their embeddings; None for a random pair.
-  """
+  """Stores the ids of two documents."""
 
   id: str
   d1: str
   d2: str
-  similarity: float | None
+  similarity: float | None  # inner product of the embeddings; None for a random pair
 
 
 def make_pairs(
@@ -63,20 +70,20 @@ def make_pairs(
 ) -> tuple[list[Pair], dict[str, int]]:
   """Filters nearest-neighbor pairs (SBP, pairing).
 
-  Takes candidates in falling similarity over all seeds, so that a document that is near to many
-  goes to its nearest seeds, whatever the order of the corpus.
+  Takes candidates in falling similarity over all seeds, so that a document near to many seeds goes
+  to its nearest ones, regardless of the order of the corpus.
 
   Args:
     neighbors: rows of `targets` for each seed; a seed may be among its own neighbors.
-    seeds: documents, each with "id", "text" and "num_tokens" (without special tokens).
-    targets: the same; a target with the id of a seed is the same document.
+    seeds: passages, each with "id", "document" (the id of the document it is from), "group", "text"
+      and "num_tokens" (without special tokens).
+    targets: the same; a target with the id of a seed is the same passage.
     shingle_size: in words. (Recalled as 13 tokens; not verified.)
-    max_pair_tokens: longer pairs, special tokens included, are dropped.
+    max_pair_tokens: drops longer pairs, special tokens included.
 
   Returns:
-    The pairs, by seed, then by falling similarity; and counts: "candidates", of which "itself",
-    "low_similarity", "too_long", "max_pairs_per_seed", "max_uses_per_target" and "near_duplicate"
-    were dropped (each under the first that applies, in this order), and "pairs" are left.
+    The pairs, by seed, then by falling similarity; and counts of "candidates", of those dropped
+    (each under the first of `DROP_REASONS` that applies) and of "pairs".
 
   Raises:
     ValueError: no pair is left; the message names the thresholds that removed most.
@@ -84,51 +91,51 @@ def make_pairs(
   overlap = _shingle_overlap(shingle_size)
   uses_of_seed: collections.Counter[int] = collections.Counter()
   uses_of_target: collections.Counter[int] = collections.Counter()
-  counts = dict.fromkeys(
-    [
-      *("candidates", "itself", "low_similarity", "too_long", "max_pairs_per_seed"),
-      *("max_uses_per_target", "near_duplicate", "pairs"),
-    ],
-    0,
-  )
+  counts = dict.fromkeys(("candidates", *DROP_REASONS, "pairs"), 0)
   kept = []
   for q, c, similarity in _in_falling_similarity(neighbors):
     seed, target = seeds[q], targets[c]
-    counts["candidates"] += 1
-    if seed["id"] == target["id"]:
-      counts["itself"] += 1
+    if too_close := _too_close(seed, target, config):
+      outcome = too_close
     elif similarity <= config.min_similarity:
-      counts["low_similarity"] += 1
+      outcome = "low_similarity"
     elif seed["num_tokens"] + target["num_tokens"] + NUM_SPECIAL_TOKENS > max_pair_tokens:
-      counts["too_long"] += 1
+      outcome = "too_long"
     elif uses_of_seed[q] >= config.max_pairs_per_seed:
-      counts["max_pairs_per_seed"] += 1
+      outcome = "max_pairs_per_seed"
     elif uses_of_target[c] >= config.max_uses_per_target:
-      counts["max_uses_per_target"] += 1
+      outcome = "max_uses_per_target"
     # Last, because it reads the texts.
     elif overlap(seed["text"], target["text"]) > config.max_jaccard:
-      counts["near_duplicate"] += 1
+      outcome = "near_duplicate"
     else:
-      counts["pairs"] += 1
+      outcome = "pairs"
       uses_of_seed[q] += 1
       uses_of_target[c] += 1
       kept.append((q, _pair(seed["id"], target["id"], similarity)))
+    counts["candidates"] += 1
+    counts[outcome] += 1
   if not kept:
-    raise ValueError(
-      _why_empty(
-        counts,
-        low_similarity=f"min_similarity={config.min_similarity}",
-        too_long=f"max_pair_tokens={max_pair_tokens}",
-        near_duplicate=f"max_jaccard={config.max_jaccard}",
-        itself="being the seed itself (search more neighbors)",
-      )
-    )
+    raise ValueError(_why_empty(counts, config, max_pair_tokens))
   # The sort is stable: within a seed, similarity still falls.
   return [pair for _, pair in sorted(kept, key=lambda item: item[0])], counts
 
 
+def _too_close(
+  seed: Mapping[str, Any], target: Mapping[str, Any], config: PairFilterConfig
+) -> str | None:
+  """Returns why two passages are no pair, whatever they say; None if they may be one."""
+  if seed["id"] == target["id"]:
+    return "itself"
+  if seed["document"] == target["document"]:
+    return "same_document"
+  if seed["group"] == target["group"] and not config.same_group:
+    return "same_group"
+  return None
+
+
 def _shingle_overlap(size: int) -> Callable[[str, str], float]:
-  """Returns the Jaccard similarity of two texts, a function that caches each text's shingles."""
+  """Returns a function: the Jaccard similarity of two texts, with their shingles cached."""
 
   @functools.cache  # as arrays: a set of Python integers takes ten times the memory
   def shingle_array(text: str) -> np.ndarray:
@@ -141,18 +148,23 @@ def _shingle_overlap(size: int) -> Callable[[str, str], float]:
 
 
 def random_pairs(
-  pairs: Sequence[Pair], *, lengths: Mapping[str, int], max_pair_tokens: int, seed: int
+  pairs: Sequence[Pair],
+  documents: Mapping[str, Mapping[str, Any]],
+  config: PairFilterConfig,
+  *,
+  max_pair_tokens: int,
+  seed: int,
 ) -> list[Pair]:
   """Joins the same d1s and d2s, each as often, at random: the control of `make_pairs`.
 
-  No random pair is among `pairs`, joins a document with itself, occurs twice or exceeds
-  `max_pair_tokens`. The paper has no such control.
+  No random pair is among `pairs`, joins passages of one document (nor of one group, unless
+  `same_group`), occurs twice or exceeds `max_pair_tokens`. The paper has no such control.
 
   Args:
-    lengths: document id -> number of tokens.
+    documents: id -> passage, as `make_pairs` takes them.
 
   Raises:
-    ValueError: no such joining was found (few pairs, few documents or a narrow window).
+    ValueError: found no such pairs (there are few pairs or documents, or the window is narrow).
   """
   d1s = [pair["d1"] for pair in pairs]
   rng = np.random.default_rng(seed)
@@ -161,26 +173,35 @@ def random_pairs(
   uses = collections.Counter(zip(d1s, d2s, strict=True))
 
   def is_allowed(d1: str, d2: str) -> bool:
-    fits = lengths[d1] + lengths[d2] + NUM_SPECIAL_TOKENS <= max_pair_tokens
-    return fits and d1 != d2 and (d1, d2) not in related
+    a, b = documents[d1], documents[d2]
+    fits = a["num_tokens"] + b["num_tokens"] + NUM_SPECIAL_TOKENS <= max_pair_tokens
+    return fits and not _too_close(a, b, config) and (d1, d2) not in related
 
-  # Repair a random permutation by swaps; each swap leaves two allowed pairs, so one pass is enough.
-  for i in range(len(pairs)):
-    if is_allowed(d1s[i], d2s[i]) and uses[d1s[i], d2s[i]] == 1:
-      continue
-    start = int(rng.integers(len(pairs)))
-    for j in (*range(start, len(pairs)), *range(start)):
-      swapped = [(d1s[i], d2s[j]), (d1s[j], d2s[i])]
-      if i != j and all(is_allowed(*pair) and not uses[pair] for pair in swapped):
-        uses.subtract([(d1s[i], d2s[i]), (d1s[j], d2s[j])])
-        uses.update(swapped)
-        d2s[i], d2s[j] = d2s[j], d2s[i]
-        break
-    else:
-      raise ValueError(
-        f"found no random partner for {d1s[i]!r} among {len(pairs)} pairs: random pairs need more "
-        f"pairs, or a max_pair_tokens above {max_pair_tokens}"
-      )
+  def is_free(i: int, j: int) -> bool:
+    """Tells whether d1 number i may be joined with d2 number j, and is not yet."""
+    return is_allowed(d1s[i], d2s[j]) and not uses[d1s[i], d2s[j]]
+
+  def is_good(i: int) -> bool:
+    return is_allowed(d1s[i], d2s[i]) and uses[d1s[i], d2s[i]] == 1
+
+  # Repair a random permutation by swaps. Where no swap leaves two good pairs, one that leaves one
+  # moves the fault to the other place, which may have more choice.
+  for number in range(len(pairs)):
+    i, moves = number, 0
+    while not is_good(i):
+      start = int(rng.integers(len(pairs)))
+      free = (j for j in (*range(start, len(pairs)), *range(start)) if is_free(i, j))
+      first = next(free, None)
+      if first is None or moves == _MAX_MOVES:
+        raise ValueError(
+          f"found no random partner for {d1s[i]!r} among {len(pairs)} pairs: random pairs need "
+          f"more pairs, or a max_pair_tokens above {max_pair_tokens}"
+        )
+      j = next((j for j in itertools.chain([first], free) if is_free(j, i)), first)
+      uses.subtract([(d1s[i], d2s[i]), (d1s[j], d2s[j])])
+      d2s[i], d2s[j] = d2s[j], d2s[i]
+      uses.update([(d1s[i], d2s[i]), (d1s[j], d2s[j])])
+      i, moves = (i if is_good(j) else j), moves + 1
   return [_pair(d1, d2, None) for d1, d2 in zip(d1s, d2s, strict=True)]
 
 
@@ -198,9 +219,17 @@ def _in_falling_similarity(neighbors: ann.Neighbors) -> list[tuple[int, int, flo
   return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _why_empty(counts: Mapping[str, int], **names: str) -> str:
-  removed = sorted(names, key=lambda reason: -counts[reason])
+def _why_empty(counts: Mapping[str, int], config: PairFilterConfig, max_pair_tokens: int) -> str:
   if not counts["candidates"]:
     return "no pair is left: no seed has a neighbor"
-  parts = [f"{names[reason]} removed {counts[reason]}" for reason in removed if counts[reason]]
+  knobs = {  # not the caps on uses, which leave at least one pair
+    "low_similarity": f"min_similarity={config.min_similarity}",
+    "too_long": f"max_pair_tokens={max_pair_tokens}",
+    "near_duplicate": f"max_jaccard={config.max_jaccard}",
+    "itself": "being the seed itself (search more neighbors)",
+    "same_document": "being of the seed's document (search more neighbors)",
+    "same_group": "same_group=False (or search more neighbors)",
+  }
+  reasons = sorted((reason for reason in knobs if counts[reason]), key=lambda r: -counts[r])
+  parts = [f"{knobs[reason]} removed {counts[reason]}" for reason in reasons]
   return f"no pair is left of {counts['candidates']} candidates: {', '.join(parts)}"

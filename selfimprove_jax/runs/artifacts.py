@@ -3,10 +3,13 @@
   pairs/
     config.json               {"config": {...}, "inputs": {"embeddings": "<digest>"}}
     00000-of-00016.jsonl      one record per line
-    manifest.json             {"shards": {name: {"bytes", "sha256", "records"}}, "summary": {...}}
+    manifest.json             {"shards": {name: {"bytes", "sha256", "records"}}, "summary": {...},
+                               "checksum": of these two and of config.json}
 
 `config.json` is written first and `manifest.json` last; each shard in between appears whole. To
-resume is to write again with the same config: shards that are whole are skipped. Nothing in these
+resume is to write again with the same config: shards that are whole are skipped. `shards.jsonl`
+lists them until there is a manifest; each of its lines has a checksum. What is damaged is made
+again: a line of the journal costs its shard, a manifest costs the artifact. Nothing in these
 files depends on time, host or order of work, so two runs of one config hold the same bytes. A shard
 is a file or a folder (a zarr array). Shards are written and read as local files: in an object store
 a finished shard is uploaded, and a reader gets a downloaded copy.
@@ -15,7 +18,6 @@ a finished shard is uploaded, and a reader gets a downloaded copy.
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -66,14 +68,35 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+  write_atomic(path, _encode(value))
+
+
+def _encode(value: Any) -> bytes:
+  return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(path: storage.Path) -> Any:
+  """Returns what `write_json` wrote.
+
+  Raises:
+    ArtifactError: the file holds other bytes than `write_json` writes.
+  """
+  data = path.read_bytes()
+  try:
+    value = json.loads(data)
+    if _encode(value) == data:
+      return value
+    reason = "it is not as it was written"
+  except (ValueError, RecursionError) as error:
+    reason = str(error)
+  raise ArtifactError(f"{path} is damaged: {reason}")
 
 
 def _check_same_config(path: storage.Path, config: Any) -> None:
   config = json.loads(json.dumps(config))
   if not path.exists():
     write_json(path, config)
-  elif lines := differences(json.loads(path.read_bytes()), config):
+  elif lines := differences(_read_config(path), config):
     raise ConfigMismatchError(
       f"{path.parent} was made with another config or from other inputs; use another folder or "
       f"delete this one.\nDifferences (there -> now):\n  " + "\n  ".join(lines)
@@ -95,10 +118,10 @@ class Artifact:
   def shards(self) -> dict[str, dict[str, Any]]:
     return self.manifest["shards"]
 
-  @functools.cached_property
+  @property
   def digest(self) -> str:
     """Identifies config, inputs and content; stages record it for each of their inputs."""
-    return digest([json.loads((self.folder / _CONFIG).read_bytes()), self.manifest])
+    return self.manifest["checksum"]
 
   def path(self, name: str) -> pathlib.Path:
     """Returns a local path of a shard, after comparing its bytes with the manifest."""
@@ -129,13 +152,14 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
   """Opens a complete artifact.
 
   Raises:
-    ArtifactError: it is missing or unfinished, or a shard has another size than in the manifest.
+    ArtifactError: it is missing or unfinished, its config or manifest is damaged, or a shard has
+      another size than in the manifest.
   """
   folder = storage.path(folder)
-  if not (folder / _MANIFEST).exists():
+  if not has_manifest(folder):
     state = "unfinished" if (folder / _CONFIG).exists() else "missing"
     raise ArtifactError(f"artifact {folder} is {state}: run the stage that writes it")
-  artifact = Artifact(folder, json.loads((folder / _MANIFEST).read_bytes()))
+  artifact = Artifact(folder, _read_manifest(folder))
   sizes = storage.sizes(folder, artifact.shards)
   for name, entry in artifact.shards.items():
     size = sizes[name]
@@ -145,22 +169,80 @@ def open_artifact(folder: str | os.PathLike) -> Artifact:
   return artifact
 
 
+def _read_manifest(folder: storage.Path) -> dict[str, Any]:
+  """Returns the manifest.
+
+  Raises:
+    ArtifactError: it or the config is damaged.
+  """
+  if not (folder / _CONFIG).exists():
+    raise ArtifactError(f"{folder} is damaged: it has a {_MANIFEST} and no {_CONFIG}")
+  config, manifest = _read_config(folder / _CONFIG), read_json(folder / _MANIFEST)
+  if not _fit(config, manifest):
+    raise ArtifactError(
+      f"{folder / _MANIFEST} is damaged: its checksum is not that of its content and of {_CONFIG}; "
+      f"one of the two was changed"
+    )
+  return manifest
+
+
+def _fit(config: Any, manifest: Any) -> bool:
+  """Tells whether a manifest's checksum is that of this config and of its other content."""
+  if not isinstance(manifest, dict) or "checksum" not in manifest:
+    return False
+  return manifest["checksum"] == _checksum(config, manifest)
+
+
+def _checksum(config: Any, manifest: dict[str, Any]) -> str:
+  return digest([config, {key: manifest[key] for key in manifest if key != "checksum"}])
+
+
+def _read_config(path: storage.Path) -> dict[str, Any]:
+  config = read_json(path)
+  if not isinstance(config, dict) or config.keys() != {"config", "inputs"}:
+    raise ArtifactError(f"{path} is damaged: it has not the keys `config` and `inputs`")
+  return config
+
+
 def has_manifest(folder: storage.Path) -> bool:
   """Tells whether an artifact was completed, even if it has been damaged since."""
   return (folder / _MANIFEST).exists()
 
 
+def damage(folder: storage.Path) -> str | None:
+  """Tells what is wrong with the config or the manifest of an artifact; None if nothing is."""
+  try:
+    if has_manifest(folder):
+      _read_manifest(folder)
+    elif (folder / _CONFIG).exists():
+      _read_config(folder / _CONFIG)
+  except ArtifactError as error:
+    return str(error)
+  return None
+
+
 def read_config(folder: storage.Path) -> Any:
-  """Returns the config that an artifact was begun with, or None if it was not begun."""
+  """Returns the config that an artifact was begun with; None if it was not begun or is damaged."""
   path = folder / _CONFIG
-  return json.loads(path.read_bytes())["config"] if path.exists() else None
+  return _read_config(path)["config"] if path.exists() and not damage(folder) else None
 
 
 def repair(folder: storage.Path) -> list[str]:
-  """Removes the shards whose bytes are not the manifest's, which makes the artifact unfinished."""
-  if not has_manifest(folder):
+  """Removes the damaged shards of an artifact, which makes it unfinished; returns their names."""
+  if not has_manifest(folder) or damage(folder):
     return []
-  return Writer(folder, **json.loads((folder / _CONFIG).read_bytes())).repair()
+  shards = _read_manifest(folder)["shards"]
+  if damaged := _remove_damaged(folder, shards):
+    storage.replace_lines(folder / _JOURNAL, _journal_lines(shards))
+    (folder / _MANIFEST).unlink()
+  return damaged
+
+
+def is_artifact(folder: storage.Path) -> bool:
+  """Tells whether a folder was begun as an artifact, even if it has been damaged since."""
+  if has_manifest(folder) or (folder / _JOURNAL).exists():
+    return True
+  return (folder / _CONFIG).exists() and damage(folder) is None
 
 
 def clear(folder: storage.Path) -> None:
@@ -203,43 +285,47 @@ class Writer:
     """
     self.folder = storage.path(folder)
     self._scratch = scratch
+    self._config = json.loads(json.dumps({"config": config, "inputs": dict(inputs)}))
+    self.repaired: list[str] = []
     if scratch is None:
       self.folder.mkdir(parents=True, exist_ok=True)
-      _check_same_config(self.folder / _CONFIG, {"config": config, "inputs": inputs})
-    found = storage.read_lines(self.folder / _JOURNAL)
-    self._journal = _parse_journal(found)
+      storage.remove_temporaries(self.folder)
+      self._forget_if_damaged()
+      _check_same_config(self.folder / _CONFIG, self._config)
+      self.repaired += [f"{name} is damaged and is made again" for name in repair(self.folder)]
+    found = storage.read_lines(self.folder / _JOURNAL, errors="replace")
+    self._journal, num_damaged = _parse_journal(found)
     if scratch is None:
-      self._remove_damaged(self._journal)
+      if num_damaged:
+        self.repaired.append(
+          f"{self.folder / _JOURNAL} has {num_damaged} damaged lines; their shards are made again"
+        )
+      _remove_damaged(self.folder, self._journal)
       if [*_journal_lines(self._journal).values()] != found:
-        self._rewrite_journal()
+        storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
 
-  def repair(self) -> list[str]:
-    """Removes the damaged shards of an artifact, which makes it unfinished; returns their names."""
-    manifest_path = self.folder / _MANIFEST
-    if self._scratch is not None or not manifest_path.exists():
-      return []
-    shards = json.loads(manifest_path.read_bytes())["shards"]
-    if damaged := self._remove_damaged(shards):
-      self._journal = shards
-      self._rewrite_journal()
-      manifest_path.unlink()
-    return damaged
-
-  def _remove_damaged(self, entries: dict[str, dict[str, Any]]) -> list[str]:
-    damaged = [name for name, entry in entries.items() if not self._is_whole(name, entry)]
-    for name in damaged:
-      # The file goes before its entry: a killed process must not leave a damaged file that no entry
-      # contradicts.
-      storage.remove(self.folder / name)
-      del entries[name]
-    return damaged
-
-  def _rewrite_journal(self) -> None:
-    storage.replace_lines(self.folder / _JOURNAL, _journal_lines(self._journal))
-
-  def _is_whole(self, name: str, entry: dict[str, Any]) -> bool:
-    path = self.folder / name
-    return storage.num_bytes(path) == entry["bytes"] and storage.sha256(path) == entry["sha256"]
+  def _forget_if_damaged(self) -> None:
+    """Begins the artifact again if its manifest is damaged; a damaged config is written again."""
+    reason = damage(self.folder)
+    path = self.folder / _CONFIG
+    if reason is None:
+      return
+    with contextlib.suppress(ArtifactError):
+      if has_manifest(self.folder) and _fit(self._config, read_json(self.folder / _MANIFEST)):
+        self.repaired.append(f"{reason}. {_CONFIG} is written again")
+        write_json(path, self._config)
+        return
+    self.repaired.append(f"{reason}. The artifact is made again")
+    if not path.exists() or path.read_bytes() != _encode(self._config):
+      clear(self.folder)  # nothing tells what it was made from
+      return
+    # Nothing vouches for the shards, which a `ShardLoop` would take over by their names. What else
+    # is there (checkpoints) is checked by those who read it. The manifest goes last: until then a
+    # killed process leaves it damaged.
+    for shard in self.folder.glob("[0-9]*.jsonl"):
+      storage.remove(shard)
+    storage.remove(self.folder / _JOURNAL)
+    storage.remove(self.folder / _MANIFEST)
 
   def has(self, name: str) -> bool:
     """Tells whether the shard is written, here or in an earlier run."""
@@ -318,7 +404,9 @@ class Writer:
     if self._scratch is not None:
       return None
     shards = {name: self._journal[name] for name in sorted(self._journal)}
-    write_json(self.folder / _MANIFEST, {"shards": shards, "summary": summary or {}})
+    manifest = json.loads(json.dumps({"shards": shards, "summary": summary or {}}))
+    manifest["checksum"] = _checksum(self._config, manifest)
+    write_json(self.folder / _MANIFEST, manifest)
     tidy(self.folder)
     return open_artifact(self.folder)
 
@@ -349,16 +437,39 @@ def write_jsonl(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> int:
   return num_records
 
 
+def _remove_damaged(folder: storage.Path, entries: dict[str, dict[str, Any]]) -> list[str]:
+  """Removes the shards that are not as their entries say, and the entries; returns their names."""
+  damaged = [name for name, entry in entries.items() if not _is_whole(folder / name, entry)]
+  for name in damaged:
+    # The file goes before its entry: a killed process must not leave a damaged file that no entry
+    # contradicts.
+    storage.remove(folder / name)
+    del entries[name]
+  return damaged
+
+
+def _is_whole(path: storage.Path, entry: dict[str, Any]) -> bool:
+  return storage.num_bytes(path) == entry["bytes"] and storage.sha256(path) == entry["sha256"]
+
+
 def _journal_lines(entries: dict[str, dict[str, Any]]) -> dict[str, str]:
-  return {name: json.dumps({"name": name, **entry}) + "\n" for name, entry in entries.items()}
+  return {
+    name: json.dumps({"name": name, **entry, "checksum": digest([name, entry])}) + "\n"
+    for name, entry in entries.items()
+  }
 
 
-def _parse_journal(lines: list[str]) -> dict[str, dict[str, Any]]:
-  entries = {}
+def _parse_journal(lines: list[str]) -> tuple[dict[str, dict[str, Any]], int]:
+  """Returns the entries of the whole lines, and the number of the others.
+
+  A crash or a full disk tears the last line.
+  """
+  entries, num_whole = {}, 0
   for line in lines:
-    try:
+    with contextlib.suppress(ValueError, RecursionError, TypeError, AttributeError, KeyError):
       entry = json.loads(line)
-    except json.JSONDecodeError:
-      break  # torn by a crash or a full disk: this shard and those after it are written again
-    entries[entry.pop("name")] = entry
-  return entries
+      name, checksum = entry.pop("name"), entry.pop("checksum")
+      if checksum == digest([name, entry]):
+        entries[name] = entry
+        num_whole += 1
+  return entries, len(lines) - num_whole

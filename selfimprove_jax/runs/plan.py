@@ -17,6 +17,8 @@ def describe(
 ) -> str:
   """Returns a table of stages: inputs, tokens, FLOPs, state in device memory, time on a device.
 
+  The total is "at least" where the cost of a stage on the devices is known only from earlier ones,
+  and "at most" where that of a stage is.
   Times assume `UTILIZATION` of the device's peak; sampling rarely reaches that.
 
   Raises:
@@ -26,7 +28,13 @@ def describe(
     raise ValueError(f"--device={device} is unknown{choices(device, PEAK_FLOPS)}")
   rows = [_HEADER] + [_row(stage, run_folder, device, num_devices) for stage in stages]
   total = sum(stage.plan.flops or 0 for stage in stages)
-  rows.append(["total", "", "", f"{total:.2e}", "", _time(total, device, num_devices), ""])
+  is_partial = any(stage.uses_devices and stage.plan.flops is None for stage in stages)
+  is_bound = any(stage.plan.is_bound for stage in stages)
+  if is_partial and is_bound:
+    label = "total of what is known"
+  else:
+    label = "total" + (", at least" if is_partial else ", at most" if is_bound else "")
+  rows.append([label, "", "", f"{total:.2e}", "", _time(total, device, num_devices), ""])
   widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
   lines = [
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
@@ -41,12 +49,13 @@ def _row(
   stage: Stage, run_folder: storage.Path | None, device: str | None, num_devices: int
 ) -> list[str]:
   plan = stage.plan
+  bound = "at most " if plan.is_bound else ""
   reads = ",".join(dict.fromkeys(stage.inputs.values()))
   return [
     stage.name,
     reads if len(reads) < 44 else reads[:41] + "...",
-    "" if plan.tokens is None else f"{plan.tokens:,.0f}",
-    "" if plan.flops is None else f"{plan.flops:.2e}",
+    "" if plan.tokens is None else f"{bound}{plan.tokens:,.0f}",
+    "" if plan.flops is None else f"{bound}{plan.flops:.2e}",
     "" if plan.state_bytes is None else f"{_per_device(stage, num_devices) / 2**30:.3g} GiB",
     _time(plan.flops, device, num_devices),
     "yes" if run_folder and is_complete(run_folder / stage.name) else "",

@@ -1,7 +1,6 @@
 """Schedules operating-system processes: dependencies, slots, retries, signals and logs.
 
-A task is one or more processes that share one fate. The runner's parallel stages and the launcher's
-local backend run through `run`.
+A task is one or more processes; if one fails, the others are terminated.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ _NOT_STARTED = 127  # the exit code by which a shell reports a command that it c
 
 
 class Stopped(SystemExit):
-  """SIGINT or SIGTERM stopped the tasks, which have all ended; exits as the signal would have."""
+  """Exits as SIGINT or SIGTERM would, after the signal has stopped all tasks."""
 
   def __init__(self, signum: int) -> None:
     super().__init__(128 + signum)
@@ -36,7 +35,6 @@ class Process:
 
   Attributes:
     environment: variables set on top of this process's environment.
-    stdin: bytes that the process reads from its standard input.
     log: file to which stdout and stderr are appended; None relays them to our stdout by line.
   """
 
@@ -48,7 +46,7 @@ class Process:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """Describes processes that start together; if one fails, the others are terminated.
+  """Describes processes that start together.
 
   Attributes:
     make: slot -> the processes of one attempt; called when the attempt starts.
@@ -70,11 +68,9 @@ class End:
 
   Attributes:
     attempt: counts from 1.
-    returncode: 0, or that of the process that failed first; -N for signal N, 127 if it could not be
-      started.
     process: index of the process that failed first; 0 if none did.
-    stopped: the attempt ended with an error after we terminated it, because of a signal to us or
-      because another task failed.
+    returncode: 0, or that of `process`: -N for signal N, 127 if it could not be started.
+    stopped: we terminated the attempt, because of a signal to us or because another task failed.
   """
 
   task: str
@@ -94,25 +90,25 @@ def run(
   on_start: Callable[[Task, int], None] = lambda task, attempt: None,
   on_end: Callable[[End], None] = lambda end: None,
 ) -> list[End]:
-  """Runs every task, at most one per slot at a time, in the given order where `after` allows it.
+  """Runs every task, at most one per slot at a time, in the given order as far as `after` allows.
 
-  On SIGINT or SIGTERM (which need the main thread) no task starts any more, and the running ones
-  get SIGTERM so that they can save; a second signal kills them at once.
+  In the main thread, SIGINT or SIGTERM starts no more tasks and sends SIGTERM to the running ones,
+  so that they can save; a second signal kills them at once.
 
   Args:
     slots: passed to `Task.make`, each to one running attempt at a time: groups of device ids, or
       just `range(n)`.
     grace_seconds: time from SIGTERM to SIGKILL.
-    stop_on_failure: when a task has failed for good, terminate the others and start no more.
+    stop_on_failure: once a task has used up its retries, terminate the others and start no more.
     on_start: called with the task and the number of the attempt before its processes start.
     on_end: called when an attempt has ended, before a retry.
 
   Returns:
-    The last attempt of every task that ran, in the order in which they ended.
+    The last attempt of every task that ran, in the order of their ends.
 
   Raises:
     Stopped: a signal came, and all processes have ended.
-    ValueError: there is no slot, two tasks have one name, or `after` has a cycle or unknown names.
+    ValueError: there is no slot, two tasks share a name, or `after` has a cycle or unknown names.
   """
   _check(tasks, slots)
   waiting = [(task, 1) for task in tasks]
@@ -129,7 +125,7 @@ def run(
           waiting = []
           for attempt in running:
             attempt.terminate()
-        # Drops tasks after one that will never succeed; those after the dropped ones go next time.
+        # Drop tasks after one that cannot succeed any more; the next round drops those after them.
         pending = {task.name for task, _ in waiting} | {attempt.task.name for attempt in running}
         waiting = [item for item in waiting if not (item[0].after & unsuccessful) - pending]
         for task, number in list(waiting):
@@ -147,10 +143,10 @@ def run(
           on_end(end)
           if end.returncode and not stopping and attempt.number <= attempt.task.retries:
             waiting.append((attempt.task, attempt.number + 1))
-          else:
-            ends.append(end)
-            if end.returncode == 0:
-              unsuccessful.remove(end.task)
+            continue
+          ends.append(end)
+          if end.returncode == 0:
+            unsuccessful.remove(end.task)
         time.sleep(_POLL_SECONDS)
     finally:
       for attempt in running:  # empty unless a callback raised
@@ -174,7 +170,7 @@ def _check(tasks: Sequence[Task], slots: Sequence[Any]) -> None:
 
 
 class _Attempt:
-  """One attempt of a task: its processes and when they were told to leave."""
+  """Runs one attempt of a task."""
 
   def __init__(self, task: Task, number: int, slot: Any) -> None:
     self.task, self.number, self.slot = task, number, slot
@@ -224,8 +220,8 @@ class _Attempt:
     """Returns how the attempt ended once all its processes have; None before that."""
     for index, process in enumerate(self._processes):
       if process.returncode is None and _has_exited(process):
-        # Processes that it left behind would write in the same folder as the next attempt. Kill
-        # the group before reaping its leader: until then the group's number cannot be reused.
+        # Its orphans would write in the same folder as the next attempt. Kill the group before
+        # reaping its leader: until then the group's number cannot be reused.
         _kill_group(process)
         if process.wait() and self._first_failure is None:
           self._first_failure = (index, process.returncode)
@@ -241,7 +237,7 @@ class _Attempt:
         stopped=stopping and code != 0,
       )
     if self._first_failure:
-      self.terminate()  # the other processes of a job would wait for the lost one forever
+      self.terminate()  # a job's other processes would wait for the lost one forever
     if self._terminated_at is not None and time.monotonic() - self._terminated_at > grace_seconds:
       self.kill()
     return None
@@ -251,7 +247,7 @@ def _start(
   process: Process, log: TextIOWrapper | None, pass_fds: tuple[int, ...]
 ) -> subprocess.Popen:
   with tempfile.TemporaryFile() as stdin:
-    # A file and not a pipe: the child may read it late or not at all, and nobody has to wait.
+    # A file and not a pipe: writing to a pipe would block until the child reads it.
     stdin.write(process.stdin)
     stdin.seek(0)
     return subprocess.Popen(
@@ -262,7 +258,7 @@ def _start(
       stderr=subprocess.STDOUT,
       text=True,
       errors="replace",
-      # A session of its own: Ctrl-C in a terminal reaches only us, and we decide who gets SIGTERM;
+      # In its own session, Ctrl-C in a terminal reaches only us, so we decide who gets SIGTERM;
       # and one killpg reaches everything that the process started.
       start_new_session=True,
       pass_fds=pass_fds,
@@ -288,7 +284,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def _receiving_signals() -> Iterator[list[int]]:
-  """Yields the list of the SIGINTs and SIGTERMs that arrive while the block runs."""
+  """Yields a list that collects the SIGINTs and SIGTERMs that arrive while the block runs."""
   received: list[int] = []
   if threading.current_thread() is not threading.main_thread():
     yield received  # Python lets only the main thread set handlers

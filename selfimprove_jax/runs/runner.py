@@ -6,23 +6,24 @@ thread each, whose results do not depend on the number of cores.
 """
 
 import functools
-import json
 import os
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
 from pydantic import Field
 
 from selfimprove_jax.runs import artifacts, processes, storage
-from selfimprove_jax.runs.stage import Stage, is_complete, run_stage
+from selfimprove_jax.runs.stage import TIMINGS, Stage, is_complete, run_stage
 from selfimprove_jax.runtime import allocator, distributed, partitioning
 from selfimprove_jax.runtime.config import choices, section, to_json
 from selfimprove_jax.runtime.progress import Progress
 
 CONFIG = "config.json"
+# What a run's folder holds besides artifacts.
+_NO_ARTIFACTS = frozenset({CONFIG, TIMINGS, "logs", "report"})
 
 
 @section
@@ -84,8 +85,9 @@ def run(
     if stage.uses_devices:
       partitioning.check_meshes(stage.config, jax.device_count(), path=f"stage {stage.name}")
   if distributed.is_main() and config is not None:
-    run_folder.mkdir(parents=True, exist_ok=True)
-    artifacts.write_json(run_folder / CONFIG, config)
+    with storage.lock(run_folder):
+      storage.remove_temporaries(run_folder)
+      artifacts.write_json(run_folder / CONFIG, config)
   if parallel > 1 and jax.default_backend() == "cpu" and jax.process_count() == 1:
     _run_processes(todo, run_folder, parallel)
   else:
@@ -109,6 +111,41 @@ def select(stages: Sequence[Stage], only: Sequence[str] | None) -> list[Stage]:
       raise ValueError(f"--stages={name}: there is no such stage{choices(name, names)}")
     chosen += [match.name for match in matches]
   return [stage for stage in stages if stage.name in chosen]
+
+
+def delete(run_folder: storage.Path) -> None:
+  """Deletes a run; does nothing if the folder is empty or missing.
+
+  Raises:
+    ValueError: the folder holds no run, or something else besides; nothing is deleted.
+  """
+  if not run_folder.exists() or not any(run_folder.iterdir()):
+    return
+  if not isinstance(read_config(run_folder), dict) or "pipeline" not in read_config(run_folder):
+    raise ValueError(f"{run_folder} holds no run: its {CONFIG} names no pipeline")
+  stages = list(_artifacts_below(run_folder, skipped=_NO_ARTIFACTS))
+  with storage.lock(run_folder):
+    for folder in stages:
+      with storage.lock(folder):  # a command that is at work there ends its stage first
+        artifacts.clear(folder)
+    artifacts.clear(run_folder)
+
+
+def _artifacts_below(
+  folder: storage.Path, skipped: frozenset[str] = frozenset()
+) -> Iterator[storage.Path]:
+  for path in folder.iterdir():
+    if path.name in skipped or path.name == storage.LOCK or storage.is_temporary(path):
+      continue
+    if path.is_dir() and artifacts.is_artifact(path):
+      yield path
+    elif path.is_dir():
+      yield from _artifacts_below(path)
+    else:
+      raise ValueError(
+        f"{path} is no part of a run, so the run is not deleted: move the file away, or use "
+        f"another --workdir"
+      )
 
 
 def _check_configs(stages: Sequence[Stage], run_folder: storage.Path) -> None:
@@ -142,8 +179,13 @@ def _differences(stage: Stage, run_folder: storage.Path) -> list[str]:
 
 
 def _verify(name: str, folder: storage.Path) -> None:
-  for shard in artifacts.repair(folder):
-    print(f"{name}: {shard} is damaged and will be made again", flush=True)
+  if not artifacts.has_manifest(folder):
+    return
+  with storage.lock(folder):
+    if reason := artifacts.damage(folder):
+      print(f"{name}: {reason}. The stage will be made again", flush=True)
+    for shard in artifacts.repair(folder):
+      print(f"{name}: {shard} is damaged and will be made again", flush=True)
 
 
 def _run_processes(todo: Sequence[Stage], run_folder: storage.Path, parallel: int) -> None:
@@ -199,7 +241,11 @@ def read_config(run_folder: storage.Path) -> Any:
 
   Raises:
     ValueError: the folder holds no run.
+    artifacts.ArtifactError: the config is damaged.
   """
   if not (run_folder / CONFIG).exists():
     raise ValueError(f"{run_folder} holds no run: it has no {CONFIG}")
-  return json.loads((run_folder / CONFIG).read_bytes())
+  try:
+    return artifacts.read_json(run_folder / CONFIG)
+  except artifacts.ArtifactError as error:
+    raise artifacts.ArtifactError(f"{error}. The run's command writes it again") from None

@@ -16,7 +16,7 @@ from selfimprove_jax.runtime import distributed
 from selfimprove_jax.runtime.config import to_json
 from selfimprove_jax.runtime.progress import Progress
 
-_TIMINGS = "timings.jsonl"
+TIMINGS = "timings.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,13 @@ class Plan:
     flops: model FLOPs (`LlamaConfig.train_flops_per_token` states the convention).
     state_bytes: parameters, gradients and optimizer state, each counted once. The axes `fsdp` and
       `tensor` of the stage's mesh shard them.
+    is_bound: tokens and FLOPs are the most that the stage may take.
   """
 
   tokens: int | None = None
   flops: float | int | None = None
   state_bytes: float | None = None
+  is_bound: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +116,11 @@ class Run:
   def seconds(self) -> dict[str, float]:
     """Returns stage -> wall-clock seconds, summed over all commands that worked on it."""
     spent: dict[str, float] = {}
-    for line in storage.read_lines(self.folder / _TIMINGS):
-      record = json.loads(line)
-      spent[record["stage"]] = spent.get(record["stage"], 0.0) + record["seconds"]
+    for line in storage.read_lines(self.folder / TIMINGS, errors="replace"):
+      # A line that is damaged costs its seconds.
+      with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+        record = json.loads(line)
+        spent[record["stage"]] = spent.get(record["stage"], 0.0) + float(record["seconds"])
     return spent
 
 
@@ -131,9 +135,10 @@ def is_complete(folder: storage.Path) -> bool:
 def run_stage(stage: Stage, run_folder: storage.Path, progress: Progress) -> None:
   """Completes the stage's artifact: makes what is missing of it.
 
-  Shards whose size is not the manifest's are made again; the same config and inputs give the same
-  bytes, so artifacts made from them stay valid. In a pod job the main process writes; the others
-  take part if the stage uses devices, and otherwise wait.
+  Shards whose size is not the manifest's are made again, and so is the artifact if the manifest is
+  damaged; the same config and inputs give the same bytes, so artifacts made from them stay valid.
+  In a pod job the main process writes; the others take part if the stage uses devices, and
+  otherwise wait.
 
   Raises:
     artifacts.ArtifactError: an input is unfinished or damaged.
@@ -168,10 +173,13 @@ def _make(stage: Stage, run_folder: storage.Path, progress: Progress) -> None:
       writer = artifacts.Writer(
         run_folder / stage.name, config=to_json(stage.config), inputs=digests, scratch=scratch
       )
-      for name in writer.repair():
-        print(f"{stage.name}: {name} is damaged and is made again", flush=True)
+      for line in writer.repaired:
+        print(f"{stage.name}: {line}", flush=True)
     if stage.uses_devices:
       distributed.barrier(f"{stage.name} is open")  # until then nobody writes
+    asks = distributed.from_main if stage.uses_devices else lambda make: make()
+    if asks(lambda: is_complete(run_folder / stage.name)):
+      return  # only its config was damaged
     began = time.monotonic()
     try:
       context = Context(stage.name, writer, inputs, progress, on_all_processes=stage.uses_devices)
@@ -185,4 +193,4 @@ def _record_seconds(run_folder: storage.Path, name: str, seconds: float) -> None
   # Apart from the artifacts, whose bytes must not depend on time.
   line = json.dumps({"stage": name, "seconds": seconds}) + "\n"
   key = f"{name.replace('/', '-')}-{uuid.uuid4().hex}"
-  storage.append_line(run_folder / _TIMINGS, line, key=key)
+  storage.append_line(run_folder / TIMINGS, line, key=key)

@@ -6,7 +6,10 @@ a lock is a lease. Scratch files and copies are in the temporary folder of the m
 which needs room for everything that the host reads of the run.
 """
 
+import atexit
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import logging
@@ -14,6 +17,7 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
 import tempfile
 import threading
 import time
@@ -81,18 +85,47 @@ def replacing(where: Path) -> Iterator[pathlib.Path]:
         remove(where)
       upload(folder / where.name, where)
     return
-  temporary = where.with_name(f".{where.name}.tmp")
-  remove(temporary)
+  temporary = _temporary_name(where)
   try:
     yield temporary
     for file in _files(temporary):
       with file.open("rb") as opened:
         os.fsync(opened.fileno())
-    if where.is_dir():
-      remove(where)
-    temporary.replace(where)
+    _replace(temporary, where)
   finally:
     remove(temporary)
+
+
+def _replace(source: pathlib.Path, where: pathlib.Path) -> None:
+  while True:
+    try:
+      source.replace(where)
+      return
+    except OSError as error:
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR):
+        raise
+    # A folder is there, which only an empty one may replace. It goes in one step, for another
+    # process may be replacing it at the same time.
+    old = _temporary_name(where)
+    with contextlib.suppress(FileNotFoundError):
+      where.rename(old)
+    remove(old)
+
+
+def _temporary_name(where: pathlib.Path) -> pathlib.Path:
+  return where.with_name(f".{where.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def is_temporary(where: Path) -> bool:
+  """Tells whether `replacing` gave out this path."""
+  return where.name.startswith(".") and where.name.endswith(".tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+  """Removes what killed processes left of `replacing`; the caller alone writes in the folder."""
+  if not is_remote(folder):
+    for left in filter(is_temporary, list(folder.iterdir())):
+      remove(left)
 
 
 def upload(source: pathlib.Path, target: Path) -> None:
@@ -107,7 +140,7 @@ def remove(where: Path) -> None:
   if is_remote(where):
     with contextlib.suppress(FileNotFoundError):
       _store().rm(os.fspath(where), recursive=True)
-  elif where.is_dir():
+  elif where.is_dir() and not where.is_symlink():
     shutil.rmtree(where)
   else:
     where.unlink(missing_ok=True)
@@ -204,13 +237,25 @@ def append_line(where: Path, line: str, *, key: str) -> None:
       file.write(line)
 
 
-def read_lines(where: Path) -> list[str]:
-  """Returns the lines of a journal with their newlines; the last of a file may be torn."""
+def read_lines(where: Path, *, errors: str = "strict") -> list[str]:
+  """Returns the lines of a journal with their newlines; the last of a file may be torn.
+
+  Args:
+    errors: of `bytes.decode`: what to do with a damaged line that is no UTF-8.
+
+  Raises:
+    ValueError: a line is no UTF-8, and errors is strict.
+  """
   if is_remote(where):
     names = sorted(_objects(where))
     found = _store().cat(names) if names else {}
-    return [found[name].decode() for name in names]
-  return where.read_text().splitlines(keepends=True) if where.exists() else []
+    lines = [found[name] for name in names]
+  else:
+    lines = where.read_bytes().splitlines(keepends=True) if where.exists() else []
+  try:
+    return [line.decode(errors=errors) for line in lines]
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{where} is damaged: {error}") from None
 
 
 def replace_lines(where: Path, lines: Mapping[str, str]) -> None:
@@ -253,16 +298,28 @@ class LineLog:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-  """Locks a folder; a second process waits until the first has left.
+  """Locks a folder; a second process says so and waits until the first has left or has died.
 
   In an object store the lock is a lease: a process that finds it unrenewed for a minute takes it
   over. A process that was suspended for that long finds out by a line in its log.
   """
-  if not is_remote(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-  # filelock's locks are files on a disk; an object store needs our lease.
-  with _lease(folder / LOCK) if is_remote(folder) else filelock.FileLock(folder / LOCK):
+  if is_remote(folder):
+    with _lease(folder / LOCK):
+      yield
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  held = filelock.FileLock(folder / LOCK)
+  try:
+    held.acquire(blocking=False)
+  except filelock.Timeout:
+    owner = (folder / LOCK).read_text(errors="replace") or "another process"
+    _logger.warning("%s is being written by %s: waiting", folder, owner)
+    held.acquire()
+  try:
+    (folder / LOCK).write_text(f"{socket.gethostname()} process {os.getpid()}")
     yield
+  finally:
+    held.release()
 
 
 @contextlib.contextmanager
@@ -359,8 +416,20 @@ def _download(source: Path, target: pathlib.Path) -> None:
 
 def _scratch_root() -> pathlib.Path:
   root = pathlib.Path(tempfile.gettempdir()) / f"selfimprove_jax-{os.getuid()}"
-  root.mkdir(mode=0o700, exist_ok=True)
-  return root
+  with contextlib.suppress(FileExistsError):
+    root.mkdir(mode=0o700)
+  found = root.lstat()
+  is_ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+  return root if is_ours and not found.st_mode & 0o077 else _own_scratch_root(root)
+
+
+@functools.cache
+def _own_scratch_root(root: pathlib.Path) -> pathlib.Path:
+  """Returns a folder for this process alone, in place of one in which others may write."""
+  _logger.warning("%s is not a folder of this user alone: what is copied there is not kept", root)
+  made = tempfile.mkdtemp(prefix=f"{root.name}-")
+  atexit.register(shutil.rmtree, made, ignore_errors=True)
+  return pathlib.Path(made)
 
 
 @contextlib.contextmanager

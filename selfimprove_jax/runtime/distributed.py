@@ -4,6 +4,7 @@ Every process of a job runs the same command. Process 0 is the main one: it writ
 logs. The others take part in what the devices compute.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import itertools
@@ -70,6 +71,34 @@ def initialize(
         f"{connect_seconds} s: {str(error).splitlines()[0]}"
       ) from error
   _hang_seconds = hang_seconds
+  if jax.default_backend() == "cpu":
+    _drop_lines_of_gloo()
+
+
+def _drop_lines_of_gloo() -> None:
+  """Keeps from standard output what gloo, which connects CPUs, prints there at each connection."""
+  shown = os.dup(1)
+  read, write = os.pipe()
+  sys.stdout.flush()
+  encoding, errors = sys.stdout.encoding, sys.stdout.errors
+  sys.stdout = os.fdopen(os.dup(shown), "w", buffering=1, encoding=encoding, errors=errors)
+  os.dup2(write, 1)
+  os.close(write)
+
+  def relay() -> None:
+    with os.fdopen(read, "rb") as lines:
+      for line in lines:
+        if not line.startswith(b"[Gloo] Rank "):
+          os.write(shown, line)
+
+  thread = threading.Thread(target=relay, name="standard output", daemon=True)
+  thread.start()
+
+  def stop() -> None:
+    os.dup2(shown, 1)  # closes the pipe
+    thread.join(timeout=5)
+
+  atexit.register(stop)
 
 
 def is_main() -> bool:

@@ -16,7 +16,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 _LIVE_SECONDS = 0.1  # between redraws of a live bar
 _RATE_SUFFIX = "_per_second"
@@ -90,7 +90,13 @@ class Bar:
 
 
 class Progress:
-  """Shows the work of one process; several bars may be open at the same time."""
+  """Shows the work of one process; several bars may be open at the same time.
+
+  Attributes:
+    QUIET: shows nothing.
+  """
+
+  QUIET: ClassVar["Progress"]
 
   def __init__(
     self, *, quiet: bool = False, every_seconds: float = 5.0, stream: io.TextIOBase | None = None
@@ -177,6 +183,9 @@ class Progress:
       if self._num_open == 0:
         live.stop()
         self._live = None
+
+
+Progress.QUIET = Progress(quiet=True)
 
 
 def _nothing(bar: Bar) -> None:

@@ -1,4 +1,4 @@
-"""XLA compiler options per backend, passed to each compilation.
+"""XLA compiler options per backend and processor, passed to each compilation.
 
 An unknown option in `XLA_FLAGS` aborts the process when it starts. Here each option is tried on a
 program of one addition, and those that this version of XLA does not know are dropped and logged.
@@ -6,6 +6,7 @@ program of one addition, and those that this version of XLA does not know are dr
 
 import functools
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ _logger = logging.getLogger(__name__)
 
 OPTIONS: dict[str, dict[str, str | int | bool]] = {
   "cpu": {},
+  # In one try on an Intel Xeon, training was 4 to 9% faster than with 256 bits, XLA's choice.
+  "cpu_avx512": {"xla_cpu_prefer_vector_width": 512},
   "gpu": {
     # Overlap communication with computation; combine FSDP's gathers and scatters into a few.
     "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -42,8 +45,11 @@ def for_platform(platform: str) -> dict[str, str | int | bool]:
   if name != jax.default_backend():
     # An ahead-of-time compilation for another platform: its compiler cannot be probed here.
     return {}
+  options = dict(OPTIONS.get(name, {}))
+  if name == "cpu" and _has_avx512():
+    options |= OPTIONS["cpu_avx512"]
   known = {}
-  for option, value in OPTIONS.get(name, {}).items():
+  for option, value in options.items():
     try:
       _probe(option, value)
     except jax.errors.JaxRuntimeError as error:
@@ -51,6 +57,11 @@ def for_platform(platform: str) -> dict[str, str | int | bool]:
     else:
       known[option] = value
   return known
+
+
+def _has_avx512() -> bool:
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  return cpuinfo.exists() and "avx512f" in cpuinfo.read_text()
 
 
 def _probe(option: str, value: str | int | bool) -> None:

@@ -123,7 +123,8 @@ def admit(
   slots_R: Int[Array, "R"],
   *,
   prompts_PT: Int[Array, "P T"] | None,
-  empty_cache: Cache | None,
+  prompt_cache: Cache | None,
+  firsts_P: Int[Array, "P"] | None,
   sources_R: Int[Array, "R"] | None,
 ) -> tuple[Rows, Cache]:
   """Prefills prompts and writes them to slots.
@@ -131,8 +132,11 @@ def admit(
   Args:
     new_rows: rows of the new requests; each prompt's last token is their `last_B`, not prefilled.
     slots_R: slot of each request; requests whose slot is out of range are dropped.
-    prompts_PT: prompts without their last tokens, padded on the right; None if all are one token.
-    empty_cache: cache of P rows and length T for the prefill.
+    prompts_PT: prompts without their last tokens, and without what is in the cache already, padded
+      on the right; None if all are one token.
+    prompt_cache: cache of P rows for the prefill: empty and of length T, or longer, with the keys
+      and values of the prompts' beginnings.
+    firsts_P: position of each prompt's first token in `prompts_PT`.
     sources_R: index of each request's prompt; several requests may share one.
   """
 
@@ -143,11 +147,11 @@ def admit(
   rows = jax.tree.map(put, rows, new_rows)
   if prompts_PT is None:
     return rows, cache
-  P, T = prompts_PT.shape
-  positions_PT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (P, T))
-  _, filled = model_fn(prompts_PT, positions_PT, empty_cache)
+  T = prompts_PT.shape[1]
+  positions_PT = firsts_P[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+  _, filled = model_fn(prompts_PT, positions_PT, prompt_cache)
   # A bucket may be longer than the cache, but the prompts in it are not: only padding is cut.
-  length = min(T, cache[0].k_BKSH.shape[2])
+  length = min(filled[0].k_BKSH.shape[2], cache[0].k_BKSH.shape[2])
 
   # Padding and the slot's last request leave keys and values in the cache. They need no clearing:
   # the causal mask hides a position until decoding overwrites it.
@@ -285,6 +289,34 @@ def _advance(rows: Rows, tokens_B: jax.Array, is_failed_B: jax.Array) -> Rows:
   )
 
 
+def prefix_rows(
+  cache: Cache, entries_P: Int[Array, "P"], lengths_P: Int[Array, "P"], span: int
+) -> Cache:
+  """Copies entries of the cache of prefixes to the rows of a cache of `span` positions.
+
+  Rows are 0 behind the length that is given: an entry may hold more, of another request, and a NaN
+  there would spread although it is masked.
+  """
+  is_held_P1S1 = (jnp.arange(span)[None] < lengths_P[:, None])[:, None, :, None]
+
+  def take(x_EKSH: jax.Array) -> jax.Array:
+    return jnp.where(is_held_P1S1, x_EKSH[entries_P, :, :span], 0)
+
+  return jax.tree.map(take, cache)
+
+
+def _begin_prefill(
+  c: LlamaConfig,
+  shape: tuple[int, int],
+  prefixes: tuple[Cache, Array, Array] | None,
+  span: int | None,
+) -> tuple[Cache, Int[Array, "P"]]:
+  """Returns the cache that prompts are prefilled into, and the position where each one starts."""
+  if prefixes is None:
+    return init_cache(c, *shape), jnp.zeros(shape[0], jnp.int32)
+  return prefix_rows(*prefixes, span), prefixes[2]
+
+
 class Programs(NamedTuple):
   """The jitted programs; `rows` and `cache` are donated, and returned changed.
 
@@ -292,8 +324,9 @@ class Programs(NamedTuple):
   that are not attached.
 
   Attributes:
-    admit: (params, rows, cache, new_rows, words_R4, slots_R, prompts_PT, sources_R) -> (rows,
-      cache); arguments as in `admit` and `record_keys`.
+    admit: (params, rows, cache, new_rows, words_R4, slots_R, prompts_PT, sources_R, prefixes,
+      span) -> (rows, cache); arguments as in `admit`, `record_keys` and `prefix_rows`, whose first
+      three `prefixes` holds: None if prompts are prefilled whole.
     draw: (params, rows, cache, extras, num_steps, features) -> (rows, cache, drawn).
     end_rows: (rows, ended_B) -> rows; marks slots as done.
     wipe: (cache, wiped_B) -> cache; zeroes slots.
@@ -329,7 +362,12 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
     slots_R: jax.Array,
     prompts_PT: jax.Array | None,
     sources_R: jax.Array | None,
+    prefixes: tuple[Cache, jax.Array, jax.Array] | None = None,
+    span: int | None = None,
   ) -> tuple[Rows, Cache]:
+    prompt_cache, firsts_P = None, None
+    if prompts_PT is not None:
+      prompt_cache, firsts_P = _begin_prefill(c, prompts_PT.shape, prefixes, span)
     return admit(
       functools.partial(model_fn, params, False),
       rows,
@@ -337,7 +375,8 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
       new_rows.replace(keys_B=record_keys(words_R4)),
       slots_R,
       prompts_PT=prompts_PT,
-      empty_cache=None if prompts_PT is None else init_cache(c, *prompts_PT.shape),
+      prompt_cache=prompt_cache,
+      firsts_P=firsts_P,
       sources_R=sources_R,
     )
 
@@ -355,7 +394,7 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
     return jax.tree.map(lambda x: jnp.where(wiped_B[:, None, None, None], 0, x), cache)
 
   def resize(cache: Cache, length: int) -> Cache:
-    return jax.tree.map(lambda x: _resized(x, length), cache)
+    return jax.tree.map(lambda x: resized(x, length), cache)
 
   def make(rows: Rows, length: int) -> tuple[Rows, Cache]:
     num_slots = rows.last_B.shape[0]
@@ -367,7 +406,12 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
   options = xla_options.for_platform(_platform(mesh))
   jit = functools.partial(jax.jit, compiler_options=options)
   return Programs(
-    admit=jit(admit_prompts, donate_argnums=(1, 2), out_shardings=(replicated, cached)),
+    admit=jit(
+      admit_prompts,
+      static_argnames="span",
+      donate_argnums=(1, 2),
+      out_shardings=(replicated, cached),
+    ),
     draw=jit(
       draw,
       static_argnames="features",
@@ -408,7 +452,8 @@ def _platform(mesh: Mesh) -> str:
   return mesh.devices.flat[0].platform
 
 
-def _resized(x_BKSH: jax.Array, length: int) -> jax.Array:
+def resized(x_BKSH: jax.Array, length: int) -> jax.Array:
+  """Pads a cache's keys or values with zeros to this many positions, or cuts them off."""
   more = length - x_BKSH.shape[2]
   if more <= 0:
     return x_BKSH[:, :, :length]

@@ -20,6 +20,7 @@ from selfimprove_jax.models import decode_layout, llama
 from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.sampling import decode, sampler
+from selfimprove_jax.sampling.prefixes import Chain, Prefixes, bucket, num_in
 from selfimprove_jax.sampling.requests import (
   MAX_STOP_IDS,
   MAX_TOP_LOGPROBS,
@@ -29,13 +30,21 @@ from selfimprove_jax.sampling.requests import (
   SamplingConfig,
   ScoreRequest,
   TokenLogprobs,
+  Update,
 )
 from selfimprove_jax.sampling.running import DecodeText, OnUpdate, Running, check_request
 from selfimprove_jax.sampling.scoring import Scorer
 
 _LEAST_CACHE = 256
 _STREAM_STEPS = 4
+# The cache of shared parts may take half of the slots' memory, and what is scored behind them at
+# once a quarter.
+_SLOTS_PER_PREFIX = 2
+_SLOTS_PER_SCORED_PREFIX = 4
 _NEVER = np.iinfo(np.int32).max
+
+# The chain that a prompt shares, and the rest of it without its last token.
+_Prompt = tuple[Chain, tuple[int, ...]]
 
 
 @section
@@ -106,7 +115,18 @@ class Engine:
     self._c = decode_layout.decode_config(model.c)
     self._params = decode_layout.decode_params(params, model.c, mesh)
     self._programs = decode.make_programs(self._c, mesh)
-    self._scorer = Scorer(self._c, self._params, mesh, buckets=_buckets(powers, longest))
+    entries = max(num_slots // _SLOTS_PER_PREFIX, 1)
+    self._prefixes = Prefixes(
+      self._c, self._params, mesh, num_entries=entries, max_length=max_length
+    )
+    self._scorer = Scorer(
+      self._c,
+      self._params,
+      mesh,
+      prefixes=self._prefixes,
+      buckets=_buckets(powers, longest),
+      most_positions=num_slots * max_length // _SLOTS_PER_SCORED_PREFIX,
+    )
     self._cache_length = max_length if batch_invariant else min(_LEAST_CACHE, max_length)
     with jax.set_mesh(mesh):
       self._rows, self._cache = self._programs.make(
@@ -122,9 +142,8 @@ class Engine:
   def num_compilations(self) -> int:
     """Number of programs for prompts, new tokens and scores compiled for this config and mesh."""
     programs = self._programs
-    return (
-      programs.admit._cache_size() + programs.draw._cache_size() + self._scorer.num_compilations
-    )
+    parts = self._scorer.num_compilations, self._prefixes.num_compilations
+    return programs.admit._cache_size() + programs.draw._cache_size() + sum(parts)
 
   @property
   def num_running(self) -> int:
@@ -135,8 +154,15 @@ class Engine:
     return len(self._waiting)
 
   def stats(self) -> dict[str, int]:
-    """Returns counts since the engine was made: tokens, requests, calls, and ends by reason."""
-    return dict(self._counts)
+    """Returns counts since the engine was made: tokens, requests, calls, and ends by reason.
+
+    `prefilled_tokens` counts each shared part once for as long as it is kept, and leaves out what
+    is scored behind it, the `scored_tokens`.
+    """
+    counts = collections.Counter(self._counts)
+    counts["prefilled_tokens"] += self._prefixes.prefilled_tokens
+    counts["scored_tokens"] = self._scorer.scored_tokens
+    return dict(counts)
 
   def generate(self, requests: Sequence[Request]) -> list[Completion]:
     """Returns one completion for each request, in order; see `stream`."""
@@ -234,40 +260,68 @@ class Engine:
 
   def _fill_slots(self) -> None:
     free = [slot for slot, running in enumerate(self._running) if running is None]
-    by_bucket = collections.defaultdict(list)
+    by_shape = collections.defaultdict(list)
     while free and self._waiting:
       ticket, request, on_update = self._waiting.popleft()
-      running = Running(
-        request,
-        ticket,
-        eos_ids=self._eos_ids,
-        limit=min(request.max_new_tokens, self.max_length - len(request.prompt)),
-        decode_text=self._decode_text,
-        on_update=on_update,
-      )
+      try:
+        running = Running(
+          request,
+          ticket,
+          eos_ids=self._eos_ids,
+          limit=min(request.max_new_tokens, self.max_length - len(request.prompt)),
+          decode_text=self._decode_text,
+          on_update=on_update,
+        )
+        self._new_rows([running], 1)  # a value that no row can hold fails here, alone
+      except Exception as error:
+        self._refuse(ticket, on_update, error)
+        continue
       slot = free.pop(0)
       self._running[slot] = running
-      prefilled = len(request.prompt) - 1
-      # Bucket 0 needs no prefill: the prompt is one token.
-      bucket = next(b for b in self._buckets if b >= prefilled) if prefilled else 0
-      by_bucket[bucket].append((slot, running))
-    for bucket, admissions in sorted(by_bucket.items()):
-      for group in self._groups(bucket, admissions):
-        self._admit_group(bucket, *group)
+      by_shape[self._shape(request)].append((slot, running))
+    for shape, admissions in sorted(by_shape.items()):
+      for group in self._groups(shape, admissions):
+        self._admit_group(shape, *group)
+
+  def _shape(self, request: Request) -> tuple[int, int]:
+    """Returns the length of a request's prefill, and the positions that it may look at.
+
+    The length is 0 without a prefill, for a prompt of one token; the span is 0 without prefixes.
+    """
+    chain = self._prefixes.chain(request.prompt, request.shared)
+    prefilled = len(request.prompt) - 1 - num_in(chain)
+    if chain:
+      return bucket(prefilled), self._prefixes.span(chain, prefilled)
+    return next(b for b in (0, *self._buckets) if b >= prefilled), 0
+
+  def _refuse(self, ticket: int, on_update: OnUpdate | None, error: Exception) -> None:
+    """Ends a request that cannot be given to a slot."""
+    text = "" if self._decode_text else None
+    completion = Completion([], "error", text=text, error=f"{type(error).__name__}: {error}")
+    self._counts["error"] += 1
+    self._ended.append((ticket, completion))
+    if on_update:
+      on_update(Update([], text, None, completion))
 
   def _groups(
-    self, bucket: int, admissions: Sequence[tuple[int, Running]]
-  ) -> Iterator[tuple[list[tuple[int, ...]], list[tuple[int, Running]], list[int]]]:
+    self, shape: tuple[int, int], admissions: Sequence[tuple[int, Running]]
+  ) -> Iterator[tuple[list[_Prompt], list[tuple[int, Running]], list[int]]]:
     """Yields (distinct prompts, admissions, each one's index in the prompts) for one prefill."""
-    if not bucket:
+    length, span = shape
+    if not length:
       yield [], list(admissions), []
       return
-    prompts: dict[tuple[int, ...], int] = {}
+    most = self._prefill_rows(length)
+    if span:
+      most = min(most, self._prefixes.num_entries)
+    prompts: dict[_Prompt, int] = {}
     group, sources = [], []
     # Samples of one prompt come one after another, so they meet here and share its prefill.
     for slot, running in admissions:
-      prompt = tuple(running.request.prompt[:-1])
-      if prompt not in prompts and len(prompts) == self._prefill_rows(bucket):
+      request = running.request
+      chain = self._prefixes.chain(request.prompt, request.shared)
+      prompt = chain, tuple(request.prompt[num_in(chain) : -1])
+      if prompt not in prompts and len(prompts) == most:
         yield list(prompts), group, sources
         prompts, group, sources = {}, [], []
       sources.append(prompts.setdefault(prompt, len(prompts)))
@@ -276,13 +330,14 @@ class Engine:
 
   def _admit_group(
     self,
-    bucket: int,
-    prompts: Sequence[tuple[int, ...]],
+    shape: tuple[int, int],
+    prompts: Sequence[_Prompt],
     admissions: Sequence[tuple[int, Running]],
     sources: Sequence[int],
   ) -> None:
     """Prefills distinct prompts once each, and writes them to the slots of their requests."""
-    num_prompts = self._prefill_rows(bucket) if bucket else 0
+    length, span = shape
+    num_prompts = self._prefill_rows(length) if length else 0
     if not self._batch_invariant:
       longest = max(len(running.request.prompt) for _, running in admissions)
       self._fit_cache(max(longest, self._cache_length))
@@ -300,16 +355,18 @@ class Engine:
       # 32-bit words: JAX has no 64-bit integers by default.
       high, low = divmod(request.record_id, 2**32)
       words_R4[row] = request.seed, high, low, request.sample
-    prompts_PT = sources_R = None
-    if bucket:
-      prompts_PT = np.full((num_prompts, bucket), self._pad_id, np.int32)
-      for row, prompt in enumerate(prompts):
-        prompts_PT[row, : len(prompt)] = prompt
+    prompts_PT = sources_R = prefixes = None
+    if length:
+      prompts_PT = np.full((num_prompts, length), self._pad_id, np.int32)
+      for row, (_, rest) in enumerate(prompts):
+        prompts_PT[row, : len(rest)] = rest
       sources_R = np.zeros(size, np.int32)
       sources_R[: len(sources)] = sources
-    self._counts["prefills"] += bool(bucket)
+    if span:
+      prefixes = self._prefixes.rows([chain for chain, _ in prompts], num_prompts, span)
+    self._counts["prefills"] += bool(length)
     self._counts["prompt_tokens"] += sum(len(request.prompt) for request in requests)
-    self._counts["prefilled_tokens"] += sum(map(len, prompts))
+    self._counts["prefilled_tokens"] += sum(len(rest) for _, rest in prompts)
     new_rows = self._new_rows([running for _, running in admissions], size)
     with jax.set_mesh(self._mesh):
       self._rows, self._cache = self._programs.admit(
@@ -321,6 +378,8 @@ class Engine:
         slots_R,
         prompts_PT,
         sources_R,
+        prefixes,
+        span=span or None,
       )
 
   def _draw_tokens(self) -> None:
@@ -373,7 +432,7 @@ class Engine:
         if running.matcher:
           try:
             running.matcher.allow(masks_BW[slot])
-          except RuntimeError as error:
+          except Exception as error:
             failures[slot] = str(error)
       extras = extras.replace(masks_BW=masks_BW)
     return features, extras, failures
@@ -385,12 +444,10 @@ class Engine:
     for slot, running in enumerate(self._running):
       if running is None:
         continue
-      # The device counts the stop token as drawn; `push` leaves it out.
-      num = int(drawn.num_B[slot])
-      logprobs = None
-      if running.request.top_logprobs is not None:
-        logprobs = token_logprobs(drawn, slot, num, running.request.top_logprobs)
-      self._counts["new_tokens"] += running.push(drawn.tokens_NB[:num, slot].tolist(), logprobs)
+      try:
+        self._counts["new_tokens"] += _push(running, drawn, slot)
+      except Exception as error:
+        running.fail(f"{type(error).__name__}: {error}")
       if running.completion is None and drawn.is_failed_B[slot]:
         running.fail("the model's logits are not numbers, or no token is allowed")
       elif running.completion is not None and not isinstance(running.completion.stop, int):
@@ -486,6 +543,16 @@ def features_of(runs: Iterable[Running], *, vocab_size: int) -> decode.Features:
     is_masked=any(request.grammar is not None for request in requests),
     num_logprobs=None if not logprobs else most if any(logprobs) else 0,
   )
+
+
+def _push(running: Running, drawn: decode.Drawn, slot: int) -> int:
+  """Gives a request the tokens drawn in its slot; returns how many it took."""
+  # The device counts the stop token as drawn; `push` leaves it out.
+  num = int(drawn.num_B[slot])
+  logprobs = None
+  if running.request.top_logprobs is not None:
+    logprobs = token_logprobs(drawn, slot, num, running.request.top_logprobs)
+  return running.push(drawn.tokens_NB[:num, slot].tolist(), logprobs)
 
 
 def token_logprobs(drawn: decode.Drawn, slot: int, num: int, num_top: int) -> list[TokenLogprobs]:

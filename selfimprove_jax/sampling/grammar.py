@@ -90,7 +90,15 @@ class GrammarCompiler:
     matcher = self._matcher(self._tokens, definition, log_level=0)
     if matcher.is_error():
       raise ValueError(f"{name} cannot be enforced: {matcher.get_error().strip()}")
-    return Grammar(matcher, self._num_words)
+    grammar = Grammar(matcher, self._num_words)
+    first = np.zeros(self._num_words, np.uint32)
+    try:
+      grammar.start().allow(first)
+    except RuntimeError as error:
+      raise ValueError(f"{name} cannot be enforced: {error}") from error
+    if not first.any():
+      raise ValueError(f"{name} allows no text at all")
+    return grammar
 
 
 class Grammar:

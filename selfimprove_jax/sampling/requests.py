@@ -10,10 +10,12 @@ from pydantic import Field
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.sampling.grammar import Grammar
 
+INT32_MAX = 2**31 - 1  # numbers of a request go to the device as int32
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_IDS = 8
 
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
+# As float32 on the device, larger ones would be infinite.
+_Finite = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 
 
 @section
@@ -32,9 +34,9 @@ class SamplingConfig:
   """
 
   temperature: Annotated[_Finite, Field(ge=0)] = 1.0
-  top_k: Annotated[int, Field(ge=0)] = 0
+  top_k: Annotated[int, Field(ge=0, le=INT32_MAX)] = 0
   top_p: Annotated[_Finite, Field(gt=0, le=1)] = 1.0
-  repetition_penalty: Annotated[_Finite, Field(gt=0)] = 1.0
+  repetition_penalty: Annotated[_Finite, Field(ge=1e-6)] = 1.0
   presence_penalty: _Finite = 0.0
   frequency_penalty: _Finite = 0.0
 
@@ -57,6 +59,8 @@ class Request:
 
   Attributes:
     prompt: token ids, at least one.
+    shared: ends, in tokens, of the parts of the prompt that other requests begin with too. Each
+      part is prefilled once, in a call of its own.
     max_new_tokens: at least 1; the engine's `max_length` may end the completion earlier.
     seed, record_id, sample: the key of its random numbers, each at least 0; `seed` and `sample`
       below 2**32, `record_id` below 2**64. Consecutive requests of one prompt share its prefill;
@@ -72,6 +76,7 @@ class Request:
 
   prompt: Sequence[int]
   max_new_tokens: int
+  shared: Sequence[int] = ()
   seed: int = 0
   record_id: int = 0
   sample: int = 0
@@ -144,10 +149,14 @@ class ScoreRequest:
   Attributes:
     prompt: token ids, at least one: the first token of a text has no probability.
     continuation: token ids, at least one.
+    shared: as in `Request`; for choices of one question, all of the prompt.
+    num_top: most likely tokens to return at each place, at most `MAX_TOP_LOGPROBS`.
   """
 
   prompt: Sequence[int]
   continuation: Sequence[int]
+  shared: Sequence[int] = ()
+  num_top: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +168,13 @@ class ContinuationScore:
     is_greedy: each token is the most likely one given those before it; of equally likely tokens
       the first counts.
     error: why there is no score.
+    top: (token, log-probability) of the most likely tokens at each place, in descending order.
   """
 
   logprobs: np.ndarray
   is_greedy: bool
   error: str | None = None
+  top: tuple[tuple[tuple[int, float], ...], ...] = ()
 
   @property
   def logprob(self) -> float:

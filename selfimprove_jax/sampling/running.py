@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from selfimprove_jax.sampling.requests import (
+  INT32_MAX,
   MAX_STOP_IDS,
   MAX_TOP_LOGPROBS,
   Completion,
@@ -11,6 +12,9 @@ from selfimprove_jax.sampling.requests import (
   Update,
 )
 from selfimprove_jax.sampling.text_stream import TextStream
+
+# Enough for a character that tokens share, and for a token before it that has a text.
+_CONTEXT_TOKENS = 8
 
 DecodeText = Callable[[Sequence[int]], str]
 OnUpdate = Callable[[Update], None]
@@ -21,10 +25,10 @@ def check_request(
 ) -> None:
   """Raises ValueError for a request that can never run."""
   check_tokens("a prompt", request.prompt, most=max_length - 1, vocab_size=vocab_size)
-  if request.max_new_tokens < 1 or request.min_new_tokens < 0:
+  if request.max_new_tokens < 1 or not 0 <= request.min_new_tokens <= INT32_MAX:
     raise ValueError(
-      f"max_new_tokens={request.max_new_tokens} must be at least 1 and "
-      f"min_new_tokens={request.min_new_tokens} at least 0"
+      f"max_new_tokens={request.max_new_tokens} must be at least 1, and "
+      f"min_new_tokens={request.min_new_tokens} between 0 and {INT32_MAX}"
     )
   for name, value, bits in (
     ("seed", request.seed, 32),
@@ -33,8 +37,12 @@ def check_request(
   ):
     if not 0 <= value < 2**bits:
       raise ValueError(f"{name}={value}; it must be at least 0 and below 2**{bits}")
+  check_shared(request.shared)
   if len(request.stop_ids) > MAX_STOP_IDS:
     raise ValueError(f"{len(request.stop_ids)} stop_ids; at most {MAX_STOP_IDS} are possible")
+  for token in request.stop_ids:
+    if not 0 <= token < vocab_size:
+      raise ValueError(f"stop_ids holds token {token}; the model has 0 to {vocab_size - 1}")
   if request.top_logprobs is not None and not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
     raise ValueError(
       f"top_logprobs={request.top_logprobs}; it must be between 0 and {MAX_TOP_LOGPROBS}"
@@ -61,6 +69,13 @@ def check_tokens(name: str, tokens: Sequence[int], *, most: int, vocab_size: int
   for token in tokens:
     if not 0 <= token < vocab_size:
       raise ValueError(f"{name} holds token {token}; the model has 0 to {vocab_size - 1}")
+
+
+def check_shared(shared: Sequence[int]) -> None:
+  """Raises ValueError for a shared part of fewer than 0 tokens."""
+  for end in shared:
+    if end < 0:
+      raise ValueError(f"shared holds {end}; a part of a prompt ends at 0 tokens or later")
 
 
 class Running:
@@ -92,9 +107,13 @@ class Running:
     # the end.
     self._stream = None
     if decode_text and (on_update or request.stop_strings):
-      self._stream = TextStream(decode_text, request.stop_strings)
+      self._stream = self._new_stream()
     self._rest = ""
     self._logprobs: list[TokenLogprobs] | None = None if request.top_logprobs is None else []
+
+  def _new_stream(self) -> TextStream:
+    context = self.request.prompt[-_CONTEXT_TOKENS:]
+    return TextStream(self._decode_text, self.request.stop_strings, context)
 
   @property
   def remaining(self) -> int:
@@ -132,7 +151,10 @@ class Running:
 
   def fail(self, reason: str) -> None:
     """Ends the completion as an error."""
-    self._end("error", None, error=reason)
+    try:
+      self._end("error", None, error=reason)
+    except Exception:  # the text may be what failed
+      self.completion = Completion(self.tokens, "error", "", None, self._logprobs, reason)
     if self._on_update:
       self._update(len(self.tokens), "")
 
@@ -153,8 +175,16 @@ class Running:
     self._rest = self._stream.finish() if self._stream else ""
     text = None
     if self._decode_text:
-      text = self._stream.text if self._stream else self._decode_text(self.tokens)
+      text = self._stream.text if self._stream else self._text()
     self.completion = Completion(self.tokens, reason, text, stop, self._logprobs, error)
+
+  def _text(self) -> str:
+    """Decodes the tokens at once, as a stream would one by one."""
+    context = self.request.prompt[-_CONTEXT_TOKENS:]
+    before, whole = self._decode_text(context), self._decode_text([*context, *self.tokens])
+    if whole.startswith(before):
+      return whole[len(before) :]
+    return self._decode_text(self.tokens)  # the context ends amid a character
 
   def _update(self, first: int, text: str) -> None:
     if self.completion:

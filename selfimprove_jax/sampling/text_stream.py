@@ -18,13 +18,22 @@ class TextStream:
   complete first, and the longest of those that end at the same character, wherever tokens begin and
   end. The cost of a token does not depend on the tokens before it.
 
+  A text that follows another one keeps the space that SentencePiece tokenizers would strip from the
+  beginning of a text: `context` is the end of the tokens before it.
+
   Exception: if the tokenizer decodes each broken byte to one U+FFFD (SentencePiece's byte
   fallback), invalid UTF-8 may give another number of them than `decode_text` of all tokens.
   """
 
-  def __init__(self, decode_text: Callable[[Sequence[int]], str], stop_strings: Sequence):
+  def __init__(
+    self,
+    decode_text: Callable[[Sequence[int]], str],
+    stop_strings: Sequence,
+    context: Sequence[int] = (),
+  ):
     """Args:
       decode_text: token ids to text, without special tokens.
+      context: tokens that precede the text, which they are not part of.
 
     Raises:
       ValueError: a stop string is empty or not a string, or `stop_strings` is a string.
@@ -35,10 +44,12 @@ class TextStream:
     self._stops = _StopStrings(stop_strings) if len(stop_strings) else None
     # The window holds tokens that are decoded together: some whose text was sent, because a token's
     # text depends on whether one precedes it, and then `_num_pending` whose text was not.
-    self._window: list[int] = []
-    self._window_text = ""
+    self._window = list(context)
+    self._window_text = decode_text(context) if self._window else ""
+    if self._window_text.endswith(_BROKEN):  # amid a character, which the text may complete
+      self._window, self._window_text = [], ""
     self._num_pending = 0
-    self._sent = ""  # the part of the window's text that was sent
+    self._sent = self._window_text  # the part of the window's text that was sent
     self._parts: list[str] = []
 
   @property

@@ -33,6 +33,9 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
   None,
   "Jinja file to use instead of the model's template; or `plain`, for models not trained on chats.",
 )
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer", None, "Hugging Face folder with a tokenizer to use instead of the checkpoint's."
+)
 _NUM_SLOTS = flags.DEFINE_integer(
   "num_slots", 16, "Completions sampled at once; others wait.", lower_bound=1
 )
@@ -104,6 +107,7 @@ def _serve() -> None:
   model = run.load(
     _CHECKPOINT.value,
     partitioning.make_mesh(data=_DATA.value, fsdp=_FSDP.value, tensor=_TENSOR.value),
+    tokenizer=_TOKENIZER.value,
     chat_template=_CHAT_TEMPLATE.value,
     num_slots=_NUM_SLOTS.value,
     max_length=_MAX_LENGTH.value,
@@ -119,6 +123,8 @@ def _serve() -> None:
     on_ready=lambda: print(f"ready: {run.url(sock)} serves {name} ({size})", flush=True),
   )
   server.run(sockets=[sock])
+  if server.failure is not None:
+    sys.exit(f"the server has stopped: {server.failure}")  # with status 1, so that it is restarted
 
 
 def _default_name(checkpoint: str) -> str:

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from selfimprove_jax.language_models.chat import PLAIN
 from selfimprove_jax.language_models.local import LocalModel
 from selfimprove_jax.sampling.grammar import Grammar
-from selfimprove_jax.sampling.requests import Completion, Update
+from selfimprove_jax.sampling.requests import Completion, ScoreRequest, TokenLogprobs, Update
 from selfimprove_jax.serving import metrics
 from selfimprove_jax.serving.format import ChatFormat, Format, TextFormat, usage
 from selfimprove_jax.serving.gate import Gate
@@ -91,6 +91,8 @@ class _Routes:
     self._created = int(time.time())
     self._metrics = metrics.Metrics(service.stats)
     self._grammar = functools.lru_cache(maxsize=_MAX_GRAMMARS)(self._compile)
+    added = model.tokenizer.backend.get_added_tokens_decoder()
+    self._special_ids = {token.content: id_ for id_, token in added.items() if token.special}
 
   async def health(self) -> Response:
     stopped = self._service.stopped
@@ -133,11 +135,50 @@ class _Routes:
       echoes = [p if isinstance(p, str) else decode(p) for p in body.prompts()]
     echoes = [echo for echo in echoes for _ in range(body.n or 1)]
     form = TextFormat(self._name, self._model.grammars.token_bytes, echoes)
+    if body.echoes_logprobs:
+      scores = await self._score_prompts(body, prompts)
+      form.prompts = [score for score in scores for _ in range(body.n or 1)]
+      if body.max_tokens == 0:
+        empty = Completion([], "length", text="", logprobs=[])
+        num_prompt_tokens = sum(map(len, prompts))
+        return JSONResponse(form.whole([empty] * len(echoes), num_prompt_tokens))
     return await self._complete(request, body, prompts, form, ())
+
+  async def _score_prompts(
+    self, body: TextBody, prompts: list[list[int]]
+  ) -> list[tuple[list[int], list[TokenLogprobs | None]]]:
+    """Returns the tokens of each prompt with their log-probabilities; the first one has none.
+
+    Without the tokens that the server puts before a prompt, which the client does not know of.
+    """
+    scored = [prompt for prompt in prompts if len(prompt) > 1]
+    with _refusals("prompt"):
+      asked = [
+        ScoreRequest(prompt=prompt[:1], continuation=prompt[1:], num_top=body.logprobs)
+        for prompt in scored
+      ]
+      found = iter(await self._service.score(asked))
+    results = []
+    for given, prompt in zip(body.prompts(), prompts, strict=True):
+      places: list[TokenLogprobs | None] = [None]
+      if len(prompt) > 1:
+        score = next(found)
+        if score.error is not None:
+          raise ApiError(400, score.error, param="prompt")
+        top = score.top or [()] * len(score.logprobs)
+        places += [TokenLogprobs(float(lp), t) for lp, t in zip(score.logprobs, top, strict=True)]
+      added = len(prompt) - len(self._encode(given)) if isinstance(given, str) else 0
+      results.append((prompt[added:], places[added:]))
+    return results
+
+  def _encode(self, text: str) -> list[int]:
+    # Clients that render a chat themselves write special tokens into the prompt.
+    return self._model.encode_markup(text)
 
   def _prompt(self, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, str):
-      return [*self._model.prefix_ids, *self._model.tokenizer.encode(prompt)]
+      ids, prefix = self._encode(prompt), list(self._model.prefix_ids)
+      return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
     vocab_size = self._model.config.vocab_size
     if max(prompt) >= vocab_size:
       message = f"prompt has token {max(prompt)}; the last is {vocab_size - 1}"
@@ -167,12 +208,17 @@ class _Routes:
     with _refusals(None):
       grammar = await run_in_threadpool(self._grammar, body.grammar_key())
       asked = body.requests(
-        prompts, max_length=max_length, grammar=grammar, stop_strings=stop_strings
+        prompts,
+        max_length=max_length,
+        grammar=grammar,
+        stop_strings=stop_strings,
+        special_ids=self._special_ids,
       )
       stream = await self._service.submit(asked)
     num_prompt_tokens = sum(map(len, prompts))
     updates = self._metrics.watch(stream, began)
     if body.stream:
+      form.has_usage_chunk = body.wants_usage_chunk
       chunks = _chunks(updates, form, num_prompt_tokens, body.wants_usage_chunk)
       return _Events(_as_events(chunks), stream)
     async with stream:

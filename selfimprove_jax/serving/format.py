@@ -29,6 +29,7 @@ class Format:
   """
 
   object = chunk_object = prefix = ""
+  has_usage_chunk = False  # if so, the other chunks say that they have no usage
 
   def __init__(self, model: str, token_bytes: Callable[[int], bytes]):
     self._token_bytes = token_bytes
@@ -49,7 +50,8 @@ class Format:
 
   def chunk(self, index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
     choice = {"index": index, **content, "finish_reason": finish}
-    return {**self._head, "object": self.chunk_object, "choices": [choice]}
+    usage = {"usage": None} if self.has_usage_chunk else {}
+    return {**self._head, "object": self.chunk_object, "choices": [choice], **usage}
 
   def usage_chunk(self, counts: dict[str, int]) -> dict[str, Any]:
     return {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
@@ -136,6 +138,8 @@ class TextFormat(Format):
     super().__init__(model, token_bytes)
     self._echoes = echoes
     self._offsets = [0] * len(echoes)
+    # Tokens and log-probabilities of each choice's prompt, if they are echoed; the first has none.
+    self.prompts: list[tuple[list[int], list[TokenLogprobs | None]]] = []
 
   def first(self) -> list[dict[str, Any]]:
     return [
@@ -157,14 +161,15 @@ class TextFormat(Format):
   def _logprobs(self, index: int, found: Completion | Update) -> dict[str, Any] | None:
     if found.logprobs is None:
       return None
-    lengths = [_num_characters(self._token_bytes(token)) for token in found.tokens]
+    tokens, places = self.prompts[index] if self.prompts else ([], [])
+    tokens, places = [*tokens, *found.tokens], [*places, *found.logprobs]
+    lengths = [_num_characters(self._token_bytes(token)) for token in tokens]
     *offsets, self._offsets[index] = itertools.accumulate(lengths, initial=self._offsets[index])
-    places: Sequence[TokenLogprobs] = found.logprobs
     return {
-      "tokens": [self._spelling(token) for token in found.tokens],
-      "token_logprobs": [_finite(place.logprob) for place in places],
+      "tokens": [self._spelling(token) for token in tokens],
+      "token_logprobs": [None if place is None else _finite(place.logprob) for place in places],
       "top_logprobs": [
-        {self._spelling(token): _finite(logprob) for token, logprob in place.top}
+        place and {self._spelling(token): _finite(logprob) for token, logprob in place.top}
         for place in places
       ],
       "text_offset": offsets,

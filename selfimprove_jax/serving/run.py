@@ -9,8 +9,10 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import h11
 import jax
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from selfimprove_jax.language_models import local
 from selfimprove_jax.language_models.chat import PLAIN
@@ -21,6 +23,7 @@ from selfimprove_jax.serving.service import EngineService
 
 # After running requests were failed at the end of draining, for their responses to be sent.
 _LAST_SECONDS = 5
+_LAST_ANSWERS_SECONDS = 1
 
 
 def api_key(host: str, *, variable: str, environment: Mapping[str, str]) -> str | None:
@@ -71,6 +74,7 @@ def load(
   checkpoint: str | os.PathLike,
   mesh: jax.sharding.Mesh,
   *,
+  tokenizer: str | None,
   chat_template: str | None,
   num_slots: int,
   max_length: int | None,
@@ -80,6 +84,7 @@ def load(
   """Loads a checkpoint and samples once, so that the first request does not wait for compilation.
 
   Args:
+    tokenizer: a folder, or None for the checkpoint's own.
     chat_template: None for the model's own, `plain`, or the path of a Jinja file.
     max_length, dtype, batch_invariant: see `local.load`.
 
@@ -95,6 +100,7 @@ def load(
     num_slots=num_slots,
     max_length=max_length,
     compute=ComputeConfig(dtype=dtype),
+    tokenizer=tokenizer,
     chat_template=chat_template,
     batch_invariant=batch_invariant,
   )
@@ -103,8 +109,49 @@ def load(
   return model
 
 
+class Protocol(H11Protocol):
+  """uvicorn's HTTP, which closes connections whose client stalls in the middle of a request.
+
+  Whole headers must arrive within `header_seconds`, and each further part of a body within
+  `body_seconds`. (Idle connections between requests are uvicorn's `timeout_keep_alive`.)
+  """
+
+  header_seconds = 10.0
+  body_seconds = 30.0
+
+  def connection_made(self, transport: Any) -> None:
+    super().connection_made(transport)
+    self._stalled: asyncio.TimerHandle | None = None
+    self._expect(self.header_seconds)
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    match self.conn.their_state:
+      case h11.IDLE:  # in the middle of headers; more of them gives no more time
+        if self._stalled is None:
+          self._expect(self.header_seconds)
+      case h11.SEND_BODY:
+        self._expect(self.body_seconds)
+      case _:
+        self._expect(None)
+
+  def connection_lost(self, error: Exception | None) -> None:
+    self._expect(None)
+    super().connection_lost(error)
+
+  def _expect(self, seconds: float | None) -> None:
+    if self._stalled is not None:
+      self._stalled.cancel()
+      self._stalled = None
+    if seconds is not None and not self.transport.is_closing():
+      self._stalled = self.loop.call_later(seconds, self.transport.abort)
+
+
 class Server(uvicorn.Server):
-  """uvicorn's server, with a call when it is ready and a limit on draining."""
+  """uvicorn's server, with a call when it is ready and a limit on draining.
+
+  It shuts down when the service stops by itself; `failure` is then the reason, and None otherwise.
+  """
 
   def __init__(
     self,
@@ -124,17 +171,28 @@ class Server(uvicorn.Server):
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=Protocol,
         timeout_graceful_shutdown=drain_seconds + _LAST_SECONDS,
       )
     )
     self._service = service
     self._drain_seconds = drain_seconds
     self._on_ready = on_ready
+    self.failure: str | None = None
 
   async def startup(self, sockets: list[socket.socket] | None = None) -> None:
     await super().startup(sockets)
     if self.started:
       self._on_ready()
+
+  async def on_tick(self, counter: int) -> bool:
+    ends = await super().on_tick(counter)
+    if not ends and (stopped := self._service.stopped) is not None:
+      self.failure = stopped
+      # Requests of this moment are answered with the reason before the socket closes.
+      await asyncio.sleep(_LAST_ANSWERS_SECONDS)
+      return True
+    return ends
 
   async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
     draining = asyncio.create_task(self._drain())

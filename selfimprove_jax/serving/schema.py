@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic import Field
 
 from selfimprove_jax.sampling.grammar import Grammar
 from selfimprove_jax.sampling.requests import (
+  INT32_MAX,
   MAX_STOP_IDS,
   MAX_TOP_LOGPROBS,
   Request,
@@ -73,6 +76,7 @@ class ResponseFormat(_Strict):
   json_schema: SchemaFormat | None = None
 
 
+Token = Annotated[int, Field(ge=0, le=INT32_MAX)]
 Penalty = Annotated[float, Field(ge=-2, le=2)] | None
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -85,7 +89,7 @@ class Body(_Strict):
   """
 
   model: str
-  max_tokens: Annotated[int, Field(ge=1)] | None = None
+  max_tokens: Annotated[int, Field(ge=0)] | None = None
   n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
   seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
   stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -97,12 +101,16 @@ class Body(_Strict):
   frequency_penalty: Penalty = None
   logit_bias: dict[str, float] | None = None
   response_format: ResponseFormat | None = None
-  top_k: Annotated[int, Field(ge=0)] | None = None
-  repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-  min_tokens: Annotated[int, Field(ge=0)] | None = None
-  stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_IDS)] | None = None
+  top_k: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+  repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+  min_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+  stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_IDS)] | None = None
   choices: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
   regex: str | None = None
+  # Accepted where they ask for no tool: clients send them always.
+  tools: list[Any] | None = None
+  tool_choice: Literal["none", "auto"] | None = None
+  parallel_tool_calls: bool | None = None
   user: Any = None  # accepted and ignored, like the next three: OpenAI uses them for billing
   metadata: Any = None
   service_tier: Any = None
@@ -112,8 +120,13 @@ class Body(_Strict):
   def wants_usage_chunk(self) -> bool:
     return self.stream_options is not None and self.stream_options.include_usage
 
+  @property
+  def echoes_logprobs(self) -> bool:
+    """Whether the log-probabilities of the prompt are asked for."""
+    return False
+
   def most_tokens(self, room: int) -> int:
-    """Returns the maximum number of new tokens, of which the engine has room for `room`."""
+    """Returns the maximum number of new tokens; after the prompt the engine has room for `room`."""
     raise NotImplementedError
 
   def num_top_logprobs(self) -> int | None:
@@ -122,10 +135,15 @@ class Body(_Strict):
 
   def check(self) -> None:
     """Raises ApiError for unsupported fields, and for fields that exclude one another."""
+    if self.tools:
+      raise ApiError(400, "tools is not supported", param="tools", code="unsupported")
     if self.logit_bias:
       raise ApiError(400, "logit_bias is not supported", param="logit_bias")
     if self.stream_options is not None and not self.stream:
       raise ApiError(400, "stream_options needs stream=true", param="stream_options")
+    if self.max_tokens == 0 and not self.echoes_logprobs:
+      message = "max_tokens: 0 is possible only with echo and logprobs, in /v1/completions"
+      raise ApiError(400, message, param="max_tokens")
     form = self.response_format
     if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
       message = "response_format.json_schema is needed for type 'json_schema', and only for it"
@@ -153,10 +171,18 @@ class Body(_Strict):
     max_length: int,
     grammar: Grammar | None,
     stop_strings: tuple[str, ...],
+    special_ids: Mapping[str, int],
   ) -> list[Request]:
-    """Returns `n` requests for each prompt, grouped by prompt; the seed is random if not given."""
+    """Returns `n` requests for each prompt, grouped by prompt; the seed is random if not given.
+
+    Args:
+      special_ids: the special tokens; one that is a stop string has no text, and stops as a token.
+    """
     seed = secrets.randbits(64) if self.seed is None else self.seed % 2**64
     stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+    stop_ids = dict.fromkeys(self.stop_token_ids or ())
+    stop_ids |= dict.fromkeys(special_ids[stop] for stop in stops if stop in special_ids)
+    stops = [stop for stop in stops if stop not in special_ids]
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     sampling = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
     return [
@@ -169,7 +195,7 @@ class Body(_Strict):
         sample=sample,
         sampling=SamplingConfig(**sampling),
         min_new_tokens=self.min_tokens or 0,
-        stop_ids=tuple(self.stop_token_ids or ()),
+        stop_ids=tuple(stop_ids),
         stop_strings=(*stops, *stop_strings),
         top_logprobs=self.num_top_logprobs(),
         grammar=grammar,
@@ -199,7 +225,7 @@ class ChatBody(Body):
       raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
 
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -211,8 +237,12 @@ class TextBody(Body):
   echo: bool | None = None
   best_of: Annotated[int, Field(ge=1)] | None = None
 
+  @property
+  def echoes_logprobs(self) -> bool:
+    return bool(self.echo) and self.logprobs is not None
+
   def most_tokens(self, room: int) -> int:
-    return self.max_tokens or _DEFAULT_TEXT_TOKENS
+    return _DEFAULT_TEXT_TOKENS if self.max_tokens is None else self.max_tokens
 
   def num_top_logprobs(self) -> int | None:
     return self.logprobs
@@ -224,9 +254,8 @@ class TextBody(Body):
 
   def check(self) -> None:
     super().check()
-    if self.echo and self.logprobs is not None:
-      message = "echo excludes logprobs: those of the prompt are not computed"
-      raise ApiError(400, message, param="echo")
+    if self.echoes_logprobs and self.stream:
+      raise ApiError(400, "echo with logprobs can't be streamed", param="stream")
     if self.best_of is not None and self.best_of != (self.n or 1):
       raise ApiError(400, "best_of is not supported unless it equals n", param="best_of")
     if len(self.prompts()) * (self.n or 1) > MAX_N:
@@ -236,6 +265,18 @@ class TextBody(Body):
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
+def _without_nulls(body: bytes) -> bytes:
+  """Drops the fields that are null, also those that this server does not know."""
+  try:
+    fields = pydantic_core.from_json(body)
+  except ValueError:
+    return body  # the model tells what is wrong
+  if not isinstance(fields, dict) or None not in fields.values():
+    return body
+  kept = {name: value for name, value in fields.items() if value is not None}
+  return pydantic_core.to_json(kept, inf_nan_mode="constants")
+
+
 def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
   """Parses a request body.
 
@@ -243,7 +284,7 @@ def parse(kind: type[AnyBody], body: bytes) -> AnyBody:
     ApiError: status 400, with the name of the field and what is wrong with it.
   """
   try:
-    parsed = kind.model_validate_json(body)
+    parsed = kind.model_validate_json(_without_nulls(body))
   except pydantic.ValidationError as error:
     faults = error.errors(include_url=False, include_context=False)
     first = faults[0]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from selfimprove_jax.sampling.requests import Request, Update
+from selfimprove_jax.sampling.requests import ContinuationScore, Request, ScoreRequest, Update
 
 _logger = logging.getLogger(__name__)
 
@@ -108,6 +108,39 @@ class EngineService:
       stream.cancel()
       raise
     return stream
+
+  async def score(self, requests: Sequence[ScoreRequest]) -> list[ContinuationScore]:
+    """Scores continuations between two steps of the engine.
+
+    Raises:
+      StoppedError: the service has stopped.
+      EngineError: scoring failed.
+    """
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[list[ContinuationScore]] = loop.create_future()
+
+    def settle(result: list[ContinuationScore] | Exception) -> None:
+      if found.done():  # the caller has gone
+        return
+      if isinstance(result, Exception):
+        found.set_exception(result)
+      else:
+        found.set_result(result)
+
+    def work() -> None:
+      result: list[ContinuationScore] | Exception
+      try:
+        stopped = self.stopped
+        result = list(self._engine.score(requests)) if stopped is None else StoppedError(stopped)
+      except Exception as error:  # it fails alone
+        result = EngineError(f"{type(error).__name__}: {error}")
+      loop.call_soon_threadsafe(settle, result)
+
+    with self._lock:
+      if self._stopped is not None:
+        raise StoppedError(self._stopped)
+      self._command(work)
+    return await found
 
   def cancel(self, stream: "Stream") -> None:
     """Cancels the unfinished requests of a stream, which yields nothing more."""

@@ -1,8 +1,8 @@
 """Measures the quality of synthetic documents without a judging model, as one number per text.
 
 The SBP paper reports, in percent, Repetition, Duplicate@1M, Non-factual, Pair-irrelevance and
-Pair-copying. Here repetition, duplicates and copying are n-gram and shingle rules whose thresholds
-are the caller's (not verified paper values). The other two ask a judging model; `similarities`
+Pair-copying. Here repetition, duplicates and copying are n-gram and shingle rules with the caller's
+thresholds (not verified paper values). The paper's other two ask a judging model; `similarities`
 measures the part of Pair-irrelevance that needs none.
 """
 
@@ -24,10 +24,10 @@ _RUN_WORDS = 8
 
 @section
 class QualityConfig:
-  """Measurement of duplicates.
+  """Configures the measurement of duplicates.
 
   Attributes:
-    sample_size: texts among which duplicates are counted; the rate grows with it.
+    sample_size: texts to find duplicates among; the rate grows with it.
   """
 
   sample_size: Annotated[int, Field(ge=2)]
@@ -35,7 +35,7 @@ class QualityConfig:
 
 @section
 class RelevanceConfig:
-  """Measurement of the similarity between syntheses and their seeds.
+  """Configures the measurement of similarity between syntheses and their seeds.
 
   Attributes:
     dim: dimensions of the TF-IDF embedding.
@@ -53,17 +53,17 @@ def looping(texts: Sequence[str], *, max_repetition: float) -> Bool[np.ndarray, 
 
 def duplicates(
   texts: Sequence[str], *, sample_size: int, max_jaccard: float, shingle_size: int, seed: int
-) -> Bool[np.ndarray, "S"]:
+) -> tuple[Int64[np.ndarray, "S"], Bool[np.ndarray, "S"]]:
   """Flags the documents of a sample that nearly repeat an earlier one of it (SBP, Duplicate@1M).
 
-  Only rates at the same `sample_size` are comparable. A standard error that takes the flags as
-  independent is close while duplicates are few.
+  Returns the sample's places in `texts`, and the flags. Only rates at the same `sample_size` are
+  comparable.
   """
   rows = np.sort(np.random.default_rng(seed).permutation(len(texts))[:sample_size])
   earlier = near_duplicates.near_duplicates(
     [texts[row] for row in rows], threshold=max_jaccard, shingle_size=shingle_size
   )
-  return np.array([other is not None for other in earlier], bool)
+  return rows, np.array([other is not None for other in earlier], bool)
 
 
 def copies_of_seed(
@@ -80,11 +80,10 @@ def copied_runs(
 ) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
   """Counts each synthesis's runs of 8 words that the corpus holds verbatim, and all its runs.
 
-  Counts a run once per document, and leaves out syntheses shorter than a run. Reads the corpus once
-  and does not keep it. Not a measure of the paper's.
+  Counts a run once per document; a synthesis shorter than a run has none. Reads the corpus once
+  and does not keep it. The paper has no such measure.
   """
   runs = [shingles.word_shingles(text, _RUN_WORDS) for text in syntheses]
-  runs = [of_text for of_text in runs if of_text]
   wanted = frozenset().union(*runs)
   found: set[int] = set()
   for text in corpus:
@@ -102,34 +101,34 @@ class Similarities:
 
   Attributes:
     own_N: each synthesis to the document that it was sampled from.
-    random_N: each synthesis to another seed, drawn at random: what any two documents share.
-    real_P: each real d1 to its real d2.
+    random_N: each synthesis to another seed, drawn at random, as a baseline.
+    real_P: the texts of each pair of real documents that are related.
+    unrelated_P: the first text of each such pair to one that it is not related with.
   """
 
   own_N: Float64[np.ndarray, "N"]
   random_N: Float64[np.ndarray, "N"]
   real_P: Float64[np.ndarray, "P"]
+  unrelated_P: Float64[np.ndarray, "P"]
 
 
 def similarities(
   seeds: Sequence[str],
   syntheses: Sequence[str],
   *,
-  real_pairs: Sequence[tuple[str, str]],
+  real: Sequence[tuple[str, str, str]],
   embed: Callable[[Sequence[str]], Float[np.ndarray, "N E"]],
   seed: int,
 ) -> Similarities:
   """Compares syntheses with their own and with random seeds, and the texts of real pairs.
 
   Args:
-    seeds: text of each synthesis's seed.
-    real_pairs: (seed text, target text): what the synthesizer was tuned on, or held-out pairs.
-    embed: texts -> unit rows; fitted on the corpus, not on the syntheses. A small fit knows its own
-      texts too well: on 400 short texts, real pairs that were in the fit came out 8% too weak.
+    seeds: text of each synthesis's seed; at least two differ.
+    real: a text, one that is related to it by something else than this similarity (which would
+      find its own choice most similar), and one that is not related to it; may be empty.
+    embed: texts -> unit rows; fitted on the corpus, not on the syntheses. A small fit overfits its
+      own texts: on 400 short texts, real pairs that were in the fit came out 8% too weak.
     seed: seeds the choice of random seeds.
-
-  Raises:
-    ValueError: there are fewer than two different seeds, or the lists do not match.
   """
   _check_paired(seeds, syntheses)
   distinct = sorted(set(seeds))
@@ -140,10 +139,12 @@ def similarities(
   # A step of 1 to U - 1 around the circle of U seeds never ends on the own seed.
   steps_N = np.random.default_rng(seed).integers(1, len(distinct), size=len(seeds))
   seeds_UE, syntheses_NE = embed(distinct), embed(syntheses)
+  texts_PE, related_PE, unrelated_PE = (embed([texts[i] for texts in real]) for i in range(3))
   return Similarities(
     own_N=_inner_products(seeds_UE[own_N], syntheses_NE),
     random_N=_inner_products(seeds_UE[(own_N + steps_N) % len(distinct)], syntheses_NE),
-    real_P=_inner_products(*(embed([pair[side] for pair in real_pairs]) for side in (0, 1))),
+    real_P=_inner_products(texts_PE, related_PE),
+    unrelated_P=_inner_products(texts_PE, unrelated_PE),
   )
 
 

@@ -20,11 +20,11 @@ REASONS = ("too_short", "looping", "near_duplicate")
 
 @section
 class DocumentFilterConfig:
-  """Filters of sampled documents, applied in this order.
+  """Configures the filters of sampled documents, applied in this order.
 
   Attributes:
     min_tokens: documents of fewer tokens are "too_short", and so are those of fewer words than a
-      shingle, which the other rules cannot see (a sample of nothing but dashes).
+      shingle, which the other rules cannot judge (a sample of dashes only).
     max_repetition: documents that `is_looping` finds are "looping".
     max_jaccard: documents whose word shingles overlap more with their own seed, a reference or an
       earlier document that passed the first two rules are "near_duplicate".
@@ -45,8 +45,8 @@ def filter_documents(
   """Splits sampled documents into those to train on and dropped ones.
 
   Args:
-    records: each with "text", "num_tokens" and "seed_text" (None without a seed); other fields are
-      passed through. Of two near-duplicates the earlier is kept.
+    records: each with "text", "num_tokens" and "seed_text" (None without a seed); keeps all fields,
+      and the earlier one of two near-duplicates.
     shingle_size: in words.
     references: the unique corpus; read once, not kept in memory.
 
@@ -54,15 +54,13 @@ def filter_documents(
     The kept records; the dropped ones, each with a "reason" (the first that applies); and counts:
     "sampled", each reason, "kept".
   """
-  reasons: list[str | None] = []
-  for record in records:
-    num_words = len(shingles.words(record["text"]))
+  reasons: list[str | None] = [None] * len(records)
+  for i, record in enumerate(records):
+    num_words = shingles.num_words(shingles.words(record["text"]))
     if record["num_tokens"] < config.min_tokens or num_words < shingle_size:
-      reasons.append("too_short")
+      reasons[i] = "too_short"
     elif is_looping(record["text"], max_repetition=config.max_repetition):
-      reasons.append("looping")
-    else:
-      reasons.append(None)
+      reasons[i] = "looping"
 
   rest = [i for i, reason in enumerate(reasons) if reason is None]
   texts = [records[i]["text"] for i in rest]
@@ -86,13 +84,14 @@ def filter_documents(
 
 
 def is_looping(text: str, *, max_repetition: float) -> bool:
-  """Tells whether over `max_repetition` of the word 3-grams of a text repeat earlier ones.
+  """Returns whether over `max_repetition` of the word 3-grams of a text repeat earlier ones.
 
-  Judges the last 64 words by themselves too: a sample that falls into a loop stays in it until it
-  is cut off, however long and sound its beginning.
+  Also judges the last 64 words by themselves: a sample that falls into a loop stays in it until it
+  is cut off, even after a long and sound beginning.
   """
   words = shingles.words(text)
-  return max(_repeated_share(words), _repeated_share(words[-_TAIL_WORDS:])) > max_repetition
+  tail = shingles.tail(words, _TAIL_WORDS)
+  return max(_repeated_share(words), _repeated_share(tail)) > max_repetition
 
 
 def overlap(a: str, b: str, shingle_size: int) -> float:
@@ -103,5 +102,5 @@ def overlap(a: str, b: str, shingle_size: int) -> float:
 
 
 def _repeated_share(words: Sequence[str]) -> float:
-  grams = list(zip(words, words[1:], words[2:]))
+  grams = shingles.runs(words, 3)
   return 1 - len(set(grams)) / len(grams) if grams else 0.0

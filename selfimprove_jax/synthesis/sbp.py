@@ -10,7 +10,7 @@ from selfimprove_jax.sampling.requests import Completion
 
 
 def seed_index(record: int, *, num_documents: int, seed: int) -> int:
-  """Draws the seed document of a record number, uniformly; depends on its arguments alone."""
+  """Draws the seed document of a record number, uniformly and deterministically."""
   return int(np.random.default_rng([seed, record]).integers(num_documents))
 
 
@@ -34,11 +34,14 @@ def synthetic_record(
   tokenizer: Tokenizer,
 ) -> dict[str, Any]:
   """Returns the record of one sampled document, which can be traced to its seed."""
+  text = tokenizer.decode(completion.tokens)
+  if completion.finish_reason == "length":
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # the cut may have split a character
   return {
     "id": f"{source}-{index:09d}",
     "seed_id": seed_document["id"] if seed_document else None,
     "seed_text": seed_document["text"] if seed_document else None,
-    "text": tokenizer.decode(completion.tokens),
+    "text": text,
     "finish_reason": completion.finish_reason,
     "error": completion.error,
     "num_prompt_tokens": len(prompt),

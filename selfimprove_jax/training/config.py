@@ -31,6 +31,7 @@ class TrainingConfig:
     num_checkpoints: saves of the state, spaced likewise.
     keep: checkpoints that stay on disk.
     patience: stop after this many evaluations without a lower loss; None never stops early.
+    stop_at_loss: stop once the validation loss is at most this; None never does.
     board_every: steps per point of the TensorBoard curves; `metrics.jsonl` has every step.
   """
 
@@ -50,6 +51,7 @@ class TrainingConfig:
   num_checkpoints: _Count = 4
   keep: _Count = 2
   patience: _Count | None = None
+  stop_at_loss: _Positive | None = None
   board_every: _Count = 10
 
   def __post_init__(self) -> None:

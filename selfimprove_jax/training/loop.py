@@ -30,7 +30,8 @@ class TrainResult:
   """The result of a run.
 
   Attributes:
-    step: the step of the resulting parameters: the last one, or with patience the best one.
+    step: the step of the resulting parameters: the last one, or with patience the best one, which
+      is 0 if training only made the loss higher.
     params: its parameters.
     steps_made: updates computed, which is the cost of the run.
     curve: the records of `metrics.jsonl`.
@@ -56,7 +57,7 @@ def train(
   num_steps: int,
   weight_decay: float,
   mixture: Mixture,
-  evaluate: Callable[[Any], float],
+  evaluate: Callable[[Any], float] | None,
   seed: int,
   label: str,
   progress: Progress,
@@ -69,7 +70,7 @@ def train(
   number alone, and the checkpoint holds everything else.
 
   Args:
-    evaluate: maps parameters to the validation loss.
+    evaluate: maps parameters to the validation loss; None trains without one.
     initial_params: start from these instead of from `seed`.
 
   Raises:
@@ -129,7 +130,7 @@ class _Run:
   checkpoints: Checkpoints
   log: MetricsLog
   clock: Clock
-  validation_loss: Callable[[Any], float]
+  validation_loss: Callable[[Any], float] | None
   label: str
   beat: Callable[[], None] = lambda: None
   skipped_in_a_row: int = 0
@@ -139,8 +140,11 @@ class _Run:
     evaluate_every = self.training.evaluate_every(self.num_steps)
     checkpoint_every = self.training.checkpoint_every(self.num_steps)
     start = int(state.step)
-    if start == 0 and not self.log.records:
-      self.evaluate(0, state)
+    if start == 0:
+      if not self.log.records:
+        self.evaluate(0, state)
+      if self.training.patience is not None:
+        self.save(state)  # training may make it worse: then these parameters are the result
     if self.stops_early():
       return state
     waiting = None  # metrics of the step before, still on the device
@@ -177,6 +181,8 @@ class _Run:
     return state
 
   def evaluate(self, step: int, state: TrainState) -> None:
+    if self.validation_loss is None:
+      return
     with self.clock.lost_to("evaluation"):
       self.log.write(step, {"validation/loss": self.validation_loss(state.params)})
     self.beat()
@@ -233,11 +239,12 @@ class _Run:
     return [(r["validation/loss"], r["step"]) for r in records if "validation/loss" in r]
 
   def best_step(self) -> int:
-    # Step 0 is the start of the run, which is not saved.
-    return min((e for e in self.evaluations() if e[1] > 0), default=(math.inf, 0))[1]
+    return min(self.evaluations(), default=(math.inf, 0))[1]
 
   def stops_early(self) -> bool:
     evaluations = self.evaluations()
     best = min(range(len(evaluations)), key=lambda i: evaluations[i], default=0)
-    patience = self.training.patience
+    patience, goal = self.training.patience, self.training.stop_at_loss
+    if goal is not None and evaluations and evaluations[best][0] <= goal:
+      return True
     return patience is not None and len(evaluations) - 1 - best >= patience

@@ -1,9 +1,12 @@
-"""Writes the curves of a run: `metrics.jsonl`, and TensorBoard files of the same numbers.
+"""Writes the curves of a run: `metrics.jsonl`, and the same numbers to TensorBoard files.
+
+If the environment names a Weights & Biases project (`WANDB_PROJECT`), they go there too.
 
 `metrics.jsonl` holds no times, so an interrupted run ends with the same file as an uninterrupted
 one. Speeds go to `speed.jsonl` and TensorBoard.
 """
 
+import hashlib
 import json
 import os
 from typing import Any
@@ -26,7 +29,7 @@ class MetricsLog:
     folder = storage.path(folder)
     path = folder / self.FILE
     self.records = [r for r in read_metrics(path) if r["step"] <= from_step]
-    self._file = self._speed_file = self._board = None
+    self._file = self._speed_file = self._board = self._wandb = None
     if writes:
       from tensorboardX import SummaryWriter
 
@@ -36,6 +39,8 @@ class MetricsLog:
       self._board_folder = folder / "tensorboard"
       self._local_board = storage.scratch(self._board_folder)
       self._board = SummaryWriter(str(self._local_board), purge_step=from_step + 1)
+      if os.environ.get("WANDB_PROJECT"):
+        self._wandb = _wandb_run(folder)
 
   @property
   def last_loss(self) -> float | None:
@@ -66,6 +71,8 @@ class MetricsLog:
     if self._board is not None:
       for name, value in metrics.items():
         self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(metrics, step=step)
 
   def sync(self) -> None:
     """Uploads what was written to an object store, which can't append; does nothing on a disk."""
@@ -81,6 +88,28 @@ class MetricsLog:
     for file in (self._file, self._speed_file, self._board):
       if file is not None:
         file.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _wandb_run(folder: storage.Path) -> Any:
+  """Starts or continues the Weights & Biases run of a folder.
+
+  The client reads its other variables itself: WANDB_ENTITY, WANDB_API_KEY, WANDB_MODE.
+  """
+  try:
+    import wandb
+  except ImportError as error:
+    raise ImportError(
+      f"WANDB_PROJECT={os.environ['WANDB_PROJECT']} is set and wandb is not installed: "
+      f"pip install 'selfimprove_jax[wandb]', or unset the variable"
+    ) from error
+  name = "/".join(folder.parts[-3:])
+  # One id per folder: an interrupted run goes on in the same curves.
+  run_id = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+  local = storage.scratch(folder / "wandb")
+  local.mkdir(parents=True, exist_ok=True)
+  return wandb.init(id=run_id, name=name, resume="allow", dir=str(local))
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:

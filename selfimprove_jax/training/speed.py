@@ -56,14 +56,16 @@ class Clock:
     """Returns the speed of the last steps (None: all), and the time lost since the start.
 
     `step_seconds` are the 10th, 50th and 90th percentiles; `lost` holds shares of the time. `mfu`
-    is None if no peak is known.
+    is None if no peak is known, or if it is above 1: a CPU's peak is measured, and other processes
+    slowed that measurement down.
     """
     steps = np.array(self._steps[-last_steps:] if last_steps else self._steps)
     seconds = time.perf_counter() - self._began
     rate = self._step_tokens / float(np.mean(steps))
+    mfu = None if self._peak is None else rate * self._flops_per_token / self._peak[0]
     found = {
       "tokens_per_second": rate,
-      "mfu": None if self._peak is None else rate * self._flops_per_token / self._peak[0],
+      "mfu": None if mfu is None or mfu > 1 else mfu,
       "step_seconds": [float(x) for x in np.percentile(steps, [10, 50, 90])],
       "goodput": sum(self._steps) / seconds,
       "lost": {cause: lost / seconds for cause, lost in self._lost.items()},
@@ -80,9 +82,10 @@ class Clock:
     low, middle, high = found["step_seconds"]
     parts = [f"{found['tokens_per_second']:,.0f} tokens/s"]
     if self._peak is not None:
+      share = "unknown, above 100%" if found["mfu"] is None else f"{found['mfu']:.1%}"
       parts.append(
-        f"MFU {found['mfu']:.1%} of {self._peak[0] / 1e12:.3g} TFLOP/s ({self._peak[1]}; causal "
-        f"attention counted half)"
+        f"MFU {share} of {self._peak[0] / 1e12:.3g} TFLOP/s ({self._peak[1]}; causal attention "
+        f"counted half)"
       )
     parts.append(f"step {middle:.3g} s ({low:.3g} to {high:.3g})")
     lost = ", ".join(f"{cause} {share:.1%}" for cause, share in found["lost"].items())

@@ -56,8 +56,8 @@ def train_step(
 
   Returns:
     the new state, and the loss's metrics next to `loss` (nats per target token for the next-token
-    loss), `grad_norm` (before clipping), `tokens` (targets), `learning_rate`, and, if `tx` skips
-    spikes, `skipped` (updates skipped so far).
+    loss), `grad_norm` (before clipping), `tokens` (targets), `learning_rate` (as applied), and, if
+    `tx` skips spikes, `skipped` (updates skipped so far).
   """
   num_tokens = jnp.sum(batch["loss_mask"].astype(jnp.float32))
   batch = {**batch, "weights": target_weights(batch["loss_mask"])}
@@ -71,13 +71,15 @@ def train_step(
   # Only `skip_spikes` reads the loss; other optimizers ignore it.
   updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=value)
   params = optax.apply_updates(state.params, updates)
+  skips = isinstance(opt_state, SkipSpikesState)
   metrics = metrics | {
     "loss": value,
     "grad_norm": optax.global_norm(grads),  # before `tx` clips it
     "tokens": num_tokens,
-    "learning_rate": learning_rate(state.step),
+    # A skipped spike does not advance the optimizer's schedule.
+    "learning_rate": learning_rate(state.opt_state.num_made if skips else state.step),
   }
-  if isinstance(opt_state, SkipSpikesState):
+  if skips:
     metrics["skipped"] = opt_state.num_skipped
   return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import random
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_copies_leave_one_document_whatever_their_white_space(tmp_path):
     for i, document in enumerate(documents)
   ]
   by_split, summary = _split(tmp_path, documents + copies)
-  assert summary["duplicates"] == len(documents)
+  assert summary["repeated"] == len(documents)
   folded = [" ".join(r["text"].split()) for name in by_split.values() for r in name]
   assert len(folded) == len(set(folded)) == len(documents)
 
@@ -130,6 +131,24 @@ def test_held_out_passages_that_share_words_with_other_splits_are_dropped(tmp_pa
   assert set(split_of) - left == dropped
   assert summary["dropped_leaking"] == {"validation": 2, "test": 1}
   assert summary["dropped_leaking_share"]["validation"] == 2 / len(by["validation"])
+
+
+@pytest.mark.parametrize("first", ["一", "ア", "ก"])
+def test_shared_text_without_spaces_is_found(tmp_path, first):
+  def text(name, num):
+    rng = random.Random(str(name))
+    return "".join(chr(ord(first) + rng.randrange(46)) for _ in range(num))
+
+  leak = text("leak", 70)
+  documents = [
+    corpora.Document(f"d{i}", f"g{i}", text(i, 50) + (leak if i % 3 else "") + text(-1 - i, 50))
+    for i in range(60)
+  ]
+  by_split, summary = _split(tmp_path, documents, shingle_size=10)
+  assert any(leak in record["text"] for record in by_split["train"])
+  for name in split.HELD_OUT:
+    assert summary["dropped_leaking"][name] > 0 and by_split[name]
+    assert not any(leak in record["text"] for record in by_split[name])
 
 
 def test_a_passage_shorter_than_a_shingle_is_compared_whole(tmp_path):
@@ -210,12 +229,42 @@ def test_a_split_of_no_share_is_left_out(tmp_path):
 def test_what_cannot_be_split_is_refused(tmp_path):
   with pytest.raises(ValueError, match="the test gave no document"):
     _split(tmp_path / "a", [])
-  with pytest.raises(ValueError, match=r"raise validation_fraction \(1e-09\)"):
-    _split(tmp_path / "b", _documents(), validation_fraction=1e-9)
-  with pytest.raises(ValueError, match="no train passage"):
-    _split(tmp_path / "c", _documents(2), test_fraction=0.999, validation_fraction=0.0)
+  for changes, message in [
+    (
+      dict(validation_fraction=1e-9),
+      r"in 40 groups, .*expects 4e-08\..*fraction \(0.075 expects 3",
+    ),
+    (dict(min_passage_chars=100), r"drawn for train, every .* lower min_passage_chars \(100\)"),
+    (dict(num_groups=2), "6 documents in 2 groups, .* train, validation, test need a group each"),
+    (dict(num_groups=1, validation_fraction=0.0), "in 1 groups, .* train, test need a group each"),
+    (dict(num_groups=2, validation_fraction=0.0, test_fraction=0.999), "none was drawn for train"),
+  ]:
+    documents = _documents(changes.pop("num_groups", 40))
+    with pytest.raises(ValueError, match=message):
+      _split(tmp_path / str(changes), documents, **changes)
   with pytest.raises(ValueError, match="two documents of the test have the id 'g0/d0'"):
     _split(tmp_path / "d", [*_documents(), corpora.Document("g0/d0", "other", "x" * 50)])
+
+
+def test_held_out_passages_that_all_leak_are_counted(tmp_path):
+  documents = [
+    corpora.Document(f"d{i}", f"g{i}", f"{_text('same')} {_text(f'd{i}', i % 9)}")
+    for i in range(60)
+  ]
+  with pytest.raises(ValueError, match=r"drawn for validation, .* other splits \(\d+ do\)"):
+    _split(tmp_path, documents)
+
+
+def test_one_document_can_be_all_of_the_train_split(tmp_path):
+  document = corpora.Document("a", "a", _text("a", 3_000))
+  by_split, _ = _split(tmp_path, [document], validation_fraction=0.0, test_fraction=0.0)
+  assert " ".join(record["text"] for record in sorted(by_split["train"], key=_number)).split() == (
+    document.text.split()
+  )
+
+
+def _number(record):
+  return int(record["id"].partition("#")[2])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +291,10 @@ def test_a_config_that_can_not_be_split_by_is_refused(changes, message):
     ("a" * 28, ["a" * 12, "a" * 12, "a" * 4]),  # anywhere
     ("a" * 26, ["a" * 12, "a" * 10, "a" * 4]),  # leaving enough for the last
     ("aaaaaaaaaa bb cc", ["aaaaaaaaaa", "bb cc"]),
+    (
+      "一二三四。五六七八。」九十",
+      ["一二三四。", "五六七八。」九十"],
+    ),  # a sentence, without spaces
     ("aaaa bbbbbb    cc", ["aaaa", "bbbbbb    cc"]),  # leaving enough behind the blanks
     ("  short\n", ["short"]),
     ("", [""]),
@@ -254,8 +307,8 @@ def test_texts_are_cut_at_the_best_place_in_reach(text, passages):
 @pytest.mark.slow
 def test_held_out_textbook_passages_share_no_run_of_ten_words_with_training(real_data, tmp_path):
   path = str(real_data / "corpora" / "openstax.jsonl.gz")
-  source = corpora.JsonlConfig(paths=(path,), group_field="id")
-  documents = [d for d in corpora.jsonl(source) if d.id.startswith("physics/")]
+  source = corpora.JsonlConfig(paths=(path,), id_field="id")
+  documents = [d for d in corpora.read_documents(source) if d.id.startswith("physics/")]
   by_split, summary = _split(
     tmp_path,
     documents,

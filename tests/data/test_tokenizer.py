@@ -61,7 +61,7 @@ def test_training_on_real_text_again_gives_the_same_tokenizer(real_data):
   from selfimprove_jax.data import corpora
 
   config = corpora.JsonlConfig(paths=(str(real_data / "corpora" / "rust.jsonl.gz"),))
-  texts = [document.text for document in corpora.jsonl(config)]
+  texts = [document.text for document in corpora.read_documents(config)]
   first, again = (tokenizer_lib.train_bpe(texts, vocab_size=1024) for _ in range(2))
   assert first.backend.to_str() == again.backend.to_str()
 

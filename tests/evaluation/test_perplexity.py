@@ -49,16 +49,29 @@ def params(model):
 
 
 def _write(folder, examples):
-  packed = packing.pack(examples, seq_len=SEQ_LEN, pad_id=0, num_open_rows=1)
-  counts = rows.write_rows(folder / "rows.array_record", packed)
-  return rows.RowSource([folder / "rows.array_record"], counts=[counts], seq_len=SEQ_LEN)
+  packed = list(packing.pack_labeled(examples, seq_len=SEQ_LEN, pad_id=0, num_open_rows=1))
+  counts = rows.write_rows(folder / "rows.array_record", (row for row, _ in packed))
+  source = rows.RowSource([folder / "rows.array_record"], counts=[counts], seq_len=SEQ_LEN)
+  segments = [
+    rows.Segment(**record)
+    for number, (_, of_row) in enumerate(packed)
+    for record in rows.segments(number, of_row)
+  ]
+  return rows.LabeledRows(source, segments)
+
+
+def _label(text, id_=None, group="a"):
+  return packing.Label(id_ or text, group, len(text.encode()))
 
 
 @pytest.fixture(scope="module")
 def source(words, tmp_path_factory):
   """Documents, and a pair of which only the second half is predicted."""
-  examples = [packing.document_example(words.encode(text), words) for text in TEXTS]
-  examples.append(packing.pair_example(words.encode("One"), words.encode("two"), words))
+  examples = [
+    packing.document_example(words.encode(text), words, label=_label(text)) for text in TEXTS
+  ]
+  one, two = words.encode("One"), words.encode("two")
+  examples.append(packing.pair_example(one, two, words, label=_label("two")))
   return _write(tmp_path_factory.mktemp("rows"), examples)
 
 
@@ -92,8 +105,10 @@ def test_every_document_has_the_loss_tokens_and_bytes_that_it_has_alone(
   source, words, model, params, by_hand, one_device_mesh, batch_size
 ):
   scorer = perplexity.RowScorer(model, one_device_mesh, source, batch_size=batch_size)
-  found = scorer.documents(params, words)
-  assert len(source) > 1 and len(source) % 4  # several documents a row, and a filled-up batch
+  found = scorer.documents(params)
+  # Several documents a row, and a filled-up batch.
+  assert len(source.source) > 1 and len(source.source) % 4
+  assert found.ids == [*TEXTS, "two"]
   nats, tokens, num_bytes = (np.array(column) for column in zip(*by_hand))
   np.testing.assert_allclose(found.nll_sums, nats, rtol=1e-5)
   np.testing.assert_array_equal(found.token_counts, tokens)
@@ -112,19 +127,46 @@ def test_the_mean_weighs_every_token_alike_and_leaves_the_filling_out(
 def test_a_mesh_gives_the_losses_of_one_device(source, words, model, params, one_device_mesh):
   mesh = partitioning.make_mesh(data=2, fsdp=4, tensor=1)
   on_many = jax.device_put(params, partitioning.replicated(mesh))
-  found = perplexity.RowScorer(model, mesh, source, batch_size=8).documents(on_many, words)
+  found = perplexity.RowScorer(model, mesh, source, batch_size=8).documents(on_many)
   alone = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1)
-  expected = alone.documents(params, words)
+  expected = alone.documents(params)
   np.testing.assert_allclose(found.nll_sums, expected.nll_sums, rtol=1e-5)
 
 
-def test_only_the_first_rows_are_scored_when_asked(source, words, model, params, one_device_mesh):
+def test_the_pieces_of_a_document_are_one(words, model, params, tmp_path, one_device_mesh):
+  """With the bytes of its text, once: Japanese characters are cut between tokens and rows."""
+  text = "日本語の長い文章です。" * 5
+  ids = words.encode(text)
+  assert len(ids) > 2 * SEQ_LEN  # byte by byte
+  example = packing.document_example(ids, words, label=_label(text, "long"))
+  source = _write(tmp_path, [example])
+  scorer = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1)
+  found = scorer.documents(params)
+  assert found.ids == ["long"]
+  num_pieces = len(source.segments)
+  assert found.token_counts == len(ids) + 1 - (num_pieces - 1)  # EOS; not the first of a piece
+  expected = len(text.encode()) * (1 - (num_pieces - 1) / (len(ids) + 1))
+  assert found.byte_counts == pytest.approx(expected)
+  mean = scorer.mean(params)
+  assert found.nll_sums / found.token_counts == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_rows_of_a_few_are_of_all_groups(words, model, params, tmp_path, one_device_mesh):
+  """One group fills most rows, as a large file does in a corpus."""
+  filling = "one two three four " * 3
+  groups = ["large"] * 8 + ["small", "other"]
+  examples = [
+    packing.document_example(words.encode(filling), words, label=_label(filling, str(i), group))
+    for i, group in enumerate(groups)
+  ]
+  source = _write(tmp_path, examples)
+  assert len(source.source) == len(groups)
   whole = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1)
-  first = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1, max_rows=1)
-  expected, found = whole.documents(params, words), first.documents(params, words)
-  num_documents = int(source[0]["segment_ids"].max())
-  assert len(found.nll_sums) == num_documents < len(expected.nll_sums)
-  np.testing.assert_array_equal(found.nll_sums, expected.nll_sums[:num_documents])
+  few = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1, max_rows=4)
+  found = few.documents(params)
+  assert found.ids == ["0", "1", "8", "9"]
+  assert found.groups == ["large", "large", "small", "other"]
+  assert few.mean(params) == pytest.approx(whole.mean(params), rel=1e-5)
   more = perplexity.RowScorer(model, one_device_mesh, source, batch_size=1, max_rows=99)
   assert more.mean(params) == whole.mean(params)
 
@@ -139,7 +181,7 @@ def test_dropout_is_off(source, model, params, one_device_mesh):
 
 
 def test_rows_without_a_target_are_refused(tmp_path, model, params, one_device_mesh):
-  untargeted = packing.Example(np.ones(5, np.int32), np.zeros(5, bool))
+  untargeted = packing.Example(np.ones(5, np.int32), np.zeros(5, bool), _label("x"))
   with pytest.raises(ValueError, match="no target tokens in the 1 rows"):
     perplexity.RowScorer(model, one_device_mesh, _write(tmp_path, [untargeted]), batch_size=1)
 

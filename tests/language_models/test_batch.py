@@ -4,7 +4,7 @@ import pytest
 
 from selfimprove_jax.language_models import TextRequest, batch
 from selfimprove_jax.language_models.chat_api import Prices
-from selfimprove_jax.language_models.openai_client import Limits
+from selfimprove_jax.language_models.openai_client import AttemptError, Limits
 from selfimprove_jax.language_models.store import BudgetError, CallStore
 
 HALF = Prices(input_per_million=0.5, output_per_million=1.0)
@@ -222,3 +222,68 @@ def test_a_batch_that_may_exceed_the_cap_is_not_sent(batch_server, make_model, a
   assert not batch_server.files and not batch_server.batches
   model.close()
   store.close()
+
+
+def test_unusable_results_are_errors_paid_for_once_and_asked_live(
+  server, make_model, ask, says, store, tmp_path
+):
+  model = make_model()
+  schema = {"type": "object", "required": ["a"]}
+  asked = [ask("refused"), ask("cut"), ask("bad", json_schema=schema), ask("c", choices=["x", "y"])]
+  asked.append(ask("good", json_schema=schema))
+  keys = [model.api.key(request) for request in asked]
+  batch.write_requests(tmp_path, asked, model=model)
+  results = [result(key, says) for key in keys]
+  refusal = {"role": "assistant", "content": None, "refusal": "no"}
+  results[0]["response"]["body"]["choices"][0]["message"] = refusal
+  results[1]["response"]["body"]["choices"][0]["finish_reason"] = "content_filter"
+  results[3]["response"]["body"]["choices"][0]["message"]["content"] = '{"choice": "z"}'
+  results[4]["response"]["body"]["choices"][0]["message"]["content"] = '{"a": 1}'
+  (tmp_path / "00000.results.jsonl").write_text("\n".join(map(json.dumps, results)))
+  for _ in range(2):
+    report = batch.read_results(tmp_path, model=model, prices=HALF)
+    assert report.num_stored == 1 and report.num_waiting == 0
+    assert list(report.errors) == keys[:4]
+    assert store.totals().paid_calls == 5
+  assert "refuses" in report.errors[keys[0]] and "is not JSON" in report.errors[keys[2]]
+  server.behave = lambda call: says('{"a": 1}')
+  replies = list(model.generate([asked[0], asked[2], asked[4]]))
+  assert [reply.cached for reply in replies] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    '{"custom_id": ["KEY"]}',
+    '{"custom_id": "KEY", "response": [1]}',
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": [1]}}',
+    "[" * 100_000,
+    '{"custom_id": "KEY", "response": {"status_code": 200, "body": {"choices": {"a": 1}}}}',
+  ],
+)
+def test_odd_lines_of_results_fail_alone(line, make_model, ask, says, tmp_path):
+  model = make_model()
+  asked = [ask("a"), ask("b")]
+  batch.write_requests(tmp_path, asked, model=model)
+  good = json.dumps(result(model.api.key(asked[1]), says))
+  line = line.replace("KEY", model.api.key(asked[0]))
+  (tmp_path / "00000.results.jsonl").write_text(f"{line}\n{good}\n")
+  report = batch.read_results(tmp_path, model=model, prices=HALF)
+  assert report.num_stored == 1
+  assert len(report.errors) + len(report.damaged) + len(report.unknown) == 1
+
+
+@pytest.mark.parametrize("path", ["/files", "/batches", "/batches/"])
+@pytest.mark.parametrize("body", [{}, {"id": 3, "status": None}, {"data": 7, "id": ["a"]}])
+def test_an_odd_answer_of_the_batch_api_is_an_attempt_that_failed(
+  path, body, make_model, ask, said, batch_server, tmp_path
+):
+  model = make_model()
+  batch.write_requests(tmp_path, [ask("a")], model=model)
+  usual = batch_server.server.behave
+  batch_server.server.behave = lambda call: (
+    said(body) if call.path.split("?")[0].startswith(f"/v1{path}") else usual(call)
+  )
+  with pytest.raises(AttemptError, match="an answer without"):
+    batch.submit(tmp_path, model=model, prices=HALF)
+    batch.collect(tmp_path, model=model, prices=HALF)

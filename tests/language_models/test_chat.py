@@ -1,12 +1,16 @@
 """Chat templates: rendered as by transformers, and without prompt injection."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import transformers
 
 from selfimprove_jax.data import tokenizer as tokenizer_lib
 from selfimprove_jax.language_models.chat import PLAIN, ChatTemplate
+from selfimprove_jax.language_models.template import Template
 from selfimprove_jax.models.checkpoints import hf_config
 from selfimprove_jax.models.checkpoints.gguf import GgufCheckpoint
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles, read_tokenizer
@@ -193,6 +197,100 @@ def test_messages_that_cannot_be_rendered_are_refused_with_the_reason(folder, me
 def test_template_cannot_leave_the_sandbox(folder, source):
   with pytest.raises(ValueError, match="refuses"):
     _chat(folder(source)).render(_CHAT)
+
+
+_DOUBLE = (
+  "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = EXPRESSION %}{% endfor %}"
+)
+
+
+_HOSTILE = [
+  "{{ 'x' * 10**9 }}",
+  "{% set x = 'x' * 1000000000 %}",
+  "{{ [0] * 10**9 }}",
+  "{{ 2 ** (10**9) }}",
+  "{{ 10**9 * 'x' }}",
+  "{{ '%1000000000d' % 1 }}",
+  "{{ '%*d' % (1000000000, 1) }}",
+  "{{ '{:1000000000}'.format(1) }}",
+  "{{ '{:{}}'.format(1, 1000000000) }}",
+  "{{ '%1000000000d' | format(1) }}",
+  "{{ 'x'.ljust(1000000000) }}",
+  "{{ 'x' | center(1000000000) }}",
+  "{{ 'x' | indent(1000000000, true) }}",
+  "{{ messages | tojson(indent=1000000000) }}",
+  "{{ (1).to_bytes(1000000000, 'big') }}",
+  "{{ range(100000) | slice(1000000000) | list }}",
+  "{{ range(100000) | batch(1000000000, 0) | list }}",
+  "{{ lipsum(n=1000000) }}",
+  "{% set x = range(9999) | join('xxxxxxxxxx') %}{{ x.replace('x', x) }}",
+  "{% set x = range(9999) | join('xxxxxxxxxx') %}{{ x | replace('x', x) }}",
+  "{% set x = range(9999) | join('xxxxxxxxxx') %}{{ x.join(range(9999) | map('string')) }}",
+  _DOUBLE.replace("EXPRESSION", "n.x ~ n.x"),
+  _DOUBLE.replace("EXPRESSION", "n.x + n.x"),
+  _DOUBLE.replace("EXPRESSION", "n.x | replace('a', 'aa')"),
+  _DOUBLE.replace("EXPRESSION", "[n.x, n.x]") + "{{ n.x }}",
+  _DOUBLE.replace("EXPRESSION", "(n.x, n.x)") + "{{ {n.x: 1} }}",
+  _DOUBLE.replace("EXPRESSION", "{'a': n.x, 'b': n.x}") + "{{ n.x | tojson }}",
+  "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+  "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+  "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+  "{% for i in range(99999) %}{% if 'x' in range(99999) | list %}{% endif %}{% endfor %}",
+  "{% for i in range(99999) %}{{ range(99999) | select('none') | list }}{% endfor %}",
+  "{% set x = 'x' * 99999 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+  "{% for i in range(99999) %}" + "x" * 9999 + "{% endfor %}",
+  "{% for i in range(99999) %}" + "{% set x = messages[0].role %}" * 999 + "{% endfor %}",
+  "{% set x = 'x' * 99999 %}{% for i in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+  "{% set x = 'x' * 99999 %}{% for i in range(99999) %}{% set y = x.upper() %}{% endfor %}",
+  "{% set x = 'x' * 99999 %}{% for i in range(99999) %}{% set y = x | upper %}{% endfor %}",
+  "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+  "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+  "{% block b %}{{ self.b() }}{{ self.b() }}{% endblock %}",
+  "{% for x in [[1]] recursive %}{{ loop([x]) }}{% endfor %}",
+  "{{ " + "(" * 30_000 + "1" + ")" * 30_000 + " }}",
+  "{{ " + "-" * 60_000 + "1 }}",
+  "{% if 1 %}" * 6_000,
+  "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+  "{{ 1 // 0 }}",
+  "{{ messages[0].content.index('zzz') }}",
+  "x" * 200_000,
+  "{{ 'x' * 9999999 }}",
+]
+# Without the run-time checks of types that tests have, which take most of the time.
+_RENDER_ALL = """
+import json, sys, time
+from selfimprove_jax.language_models.template import Template, TemplateError
+for source in json.load(sys.stdin):
+  began, reason = time.process_time(), ""
+  try:
+    Template(source).render([{"role": "user", "content": "hi"}])
+  except TemplateError as error:
+    reason = str(error)
+  print(json.dumps([time.process_time() - began, reason]))
+"""
+
+
+def test_template_that_loops_or_allocates_ends_in_its_error_at_once():
+  command = [sys.executable, "-c", _RENDER_ALL]
+  done = subprocess.run(
+    command, input=json.dumps(_HOSTILE), capture_output=True, text=True, check=True
+  )
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  for source, (seconds, reason) in zip(_HOSTILE, found, strict=True):
+    assert re.match("the chat template (refuses|is not valid|has 200000)", reason), source[:200]
+    assert seconds < 3, source[:200]
+
+
+def test_long_conversations_have_budget_enough():
+  messages = [{"role": "user", "content": "word " * 50}, {"role": "assistant", "content": "b"}]
+  counted = "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{% set ns.turns"
+  for text in (_LONG.replace("{%- set ns.turns", counted), _CHATML):
+    rendered = Template(text).render(
+      messages * 150, add_generation_prompt=True, bos_token="", eos_token=""
+    )
+    assert rendered.count("word") == 50 * 150
+  rendered = Template(_CHATML).render(messages * 10_000, add_generation_prompt=True)
+  assert rendered.count("word") == 50 * 10_000
 
 
 def test_broken_template_is_refused(folder):

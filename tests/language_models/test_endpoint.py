@@ -1,11 +1,13 @@
 import asyncio
 import contextlib
 import email.utils
+import gzip
 import logging
 import os
 import pathlib
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -14,6 +16,7 @@ from selfimprove_jax.language_models import (
   ScoreRequest,
   TextRequest,
   TokenLogprob,
+  openai_client,
 )
 from selfimprove_jax.language_models.endpoint import Endpoint
 from selfimprove_jax.language_models.openai_client import (
@@ -220,6 +223,15 @@ def test_an_endpoint_without_prompt_logprobs_ends_the_run(server, make_model, sa
   assert store.totals().uncertain_calls == 1  # it may be charged
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), True, "x", 2**70, 5.0])
+def test_a_logprob_of_a_reply_is_a_number_that_json_can_hold(value, server, make_model, says, said):
+  body = says("yes").body
+  body["choices"][0]["logprobs"] = {"tokens": ["yes"], "token_logprobs": [value]}
+  server.behave = lambda call: said(body)
+  [reply] = make_model().generate([TextRequest(prompt="a", max_tokens=1, top_logprobs=1)])
+  assert "malformed log-probabilities" in reply.error
+
+
 def test_malformed_logprobs_are_retried_and_then_fail_that_request(server, make_model, says, said):
   body = says("aabb!").body
   body["choices"][0]["logprobs"] = {"tokens": ["aa"] * 11, "token_logprobs": [1.0]}
@@ -345,6 +357,54 @@ def test_every_request_waits_for_retry_after(server, make_model, ask, says, said
   assert server.calls[1].time - server.calls[0].time >= 0.3
 
 
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+@pytest.mark.parametrize("charset", ["utf-8", "rot13", "no-such"])
+def test_an_escaped_key_is_never_shown(status, charset, server, make_model, ask, said, monkeypatch):
+  monkeypatch.setenv("SOME_KEY", KEY)
+  escaped = "".join(f"\\u{ord(character):04x}" for character in KEY)
+  body = ('{"error": "no: ' + escaped + '"}').encode()
+  headers = {"Content-Type": f"application/json; charset={charset}"}
+  server.behave = lambda call: said(body, status=status, headers=headers)
+  model = make_model(api_key_env="SOME_KEY")
+  try:
+    message = next(model.generate([ask()])).error
+  except EndpointError as error:
+    message = str(error)
+  assert message and KEY not in message and escaped not in message
+
+
+def test_a_retry_after_of_days_ends_the_run_at_once(server, make_model, ask, says, said):
+  busy = said({}, status=429, headers={"Retry-After": "1e6"})
+  server.behave = lambda call: busy if call.asked == "1" else says("well", wait=0.05)
+  model = make_model(limits=Limits(max_concurrent=2))
+  with pytest.raises(EndpointError, match="asks to wait 1000000 s"):
+    list(model.generate(ask(str(i)) for i in range(9)))
+
+
+@pytest.mark.parametrize("content", [5, {"a": 1}, [{"text": 3}], [[1]], True])
+def test_content_that_is_no_text_fails_alone(content, server, make_model, ask, says):
+  server.behave = lambda call: says(content if call.asked == "bad" else "well")
+  bad, good = make_model().generate([ask("bad"), ask("b")])
+  assert bad.text == "" and "no text" in bad.error and good.text == "well"
+
+
+@pytest.mark.parametrize(
+  ("content", "text"),
+  [([{"text": None}, {"text": "a"}, {"type": "image"}], "a"), (["a", "b"], "ab"), ("\ud800", "?")],
+)
+def test_parts_and_broken_characters_become_text(content, text, server, make_model, ask, says):
+  server.behave = lambda call: says(content)
+  [reply] = make_model().generate([ask("a")])
+  assert (reply.text, reply.error) == (text, None)
+
+
+@pytest.mark.parametrize("tokens", [(2**62, 1), (1, 1e30), (-1, 5)])
+def test_an_impossible_usage_is_estimated(tokens, server, make_model, ask, says):
+  server.behave = lambda call: says("well", tokens=tokens)
+  [reply] = make_model().generate([ask("a")])
+  assert reply.text == "well" and reply.usage.estimated and reply.error is None
+
+
 def test_retry_after_is_seconds_or_a_date():
   now = 1_700_000_000.0
   date = email.utils.formatdate(now + 42, usegmt=True)
@@ -370,17 +430,21 @@ def test_backoff_grows_to_its_limit_with_full_jitter():
     assert 0 <= min(waits) < 0.1 * most and 0.9 * most < max(waits) <= most
 
 
-def test_a_refusal_and_a_filtered_reply_are_errors_and_kept(server, make_model, ask, says, said):
+def test_a_refusal_and_a_filtered_reply_are_errors_and_asked_again_by_a_later_run(
+  server, make_model, ask, says, said
+):
   message = {"role": "assistant", "content": None, "refusal": "I won't."}
-  refusal = said({"choices": [{"message": message, "finish_reason": "stop"}]})
-  filtered = says("half a", reason="content_filter")
+  refusal = said({"choices": [{"message": message, "finish_reason": "stop"}]}, wait=0.3)
+  filtered = says("half a", reason="content_filter", wait=0.3)
   server.behave = lambda call: refusal if call.asked == "a" else filtered
   model = make_model()
-  for _ in range(2):
-    first, second = model.generate([ask("a"), ask("b")])
-    assert first.error == "the model refuses: I won't."
-    assert "content filter" in second.error and second.text == "half a"
-  assert len(server.calls) == 2
+  for run in (1, 2):
+    replies = list(model.generate([ask("a"), ask("b"), ask("a")]))
+    assert replies[0].error == replies[2].error == "the model refuses: I won't."
+    assert "content filter" in replies[1].error and replies[1].text == "half a"
+    assert len(server.calls) == 2 * run  # within a run the identical requests share one call
+  server.behave = lambda call: says("yes")
+  assert [reply.text for reply in model.generate([ask("a"), ask("b")])] == ["yes", "yes"]
 
 
 def test_the_key_is_in_no_file_log_error_or_reply(
@@ -540,3 +604,30 @@ def test_only_the_store_is_written(server, make_model, ask, tmp_path):
 def _drain(replies):
   with contextlib.suppress(BaseException):
     list(replies)
+
+
+def test_a_body_is_bounded_and_comes_uncompressed(server, make_model, ask, said, says, monkeypatch):
+  bomb = gzip.compress(b" " * 50_000_000)
+  server.behave = lambda call: {
+    "bomb": said(bomb, headers={"Content-Encoding": "gzip"}),
+    "error": said(bomb, status=400, headers={"Content-Encoding": "gzip"}),
+    "long": said(b" " * 200_000),
+    "well": says("yes"),
+  }[call.asked]
+  monkeypatch.setattr(openai_client, "_MAX_BODY_BYTES", 100_000)
+  model = make_model()
+  tracemalloc.start()
+  replies = list(model.generate(map(ask, ["bomb", "error", "long", "well"])))
+  assert tracemalloc.get_traced_memory()[1] < 20_000_000
+  tracemalloc.stop()
+  assert all("compressed (gzip)" in reply.error for reply in replies[:2])
+  assert "a body of more than 100000 bytes" in replies[2].error
+  assert replies[3].text == "yes"
+  assert {call.headers["accept-encoding"] for call in server.calls} == {"identity"}
+
+
+@pytest.mark.parametrize("tokens", [(True, 5), (10, False), (10, 2**40), (1.5, 2), ("1", 2)])
+def test_a_usage_that_is_no_number_is_estimated(tokens, server, make_model, ask, says):
+  server.behave = lambda call: says("yes", tokens=tokens)
+  [reply] = make_model().generate([ask()])
+  assert reply.usage.estimated and reply.error is None

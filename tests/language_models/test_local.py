@@ -213,6 +213,7 @@ def test_messages_need_a_template(model, ask):
   model.chat, model.name = None, "base"
   [chat, bare] = model.generate([ask("a"), TextRequest(prompt="a", max_tokens=1)])
   assert "base has no chat template" in chat.error and bare.error is None
+  assert "chat_template='plain'" in chat.error
   messages = [{"role": "user", "content": "a"}]
   [chat, bare] = model.score(
     [ScoreRequest(context=messages, continuation="b"), ScoreRequest(context="a", continuation="b")]
@@ -274,6 +275,27 @@ def test_context_and_continuation_are_tokenized_as_one_text(model, engine, token
   assert scores[4].error == "too short"
 
 
+def test_shared_parts_end_where_the_tokens_of_other_requests_part(model, engine, tokenizer):
+  def shared(prompt, *ends):
+    list(model.generate([TextRequest(prompt=prompt, max_tokens=1, shared=ends)]))
+    list(model.score([ScoreRequest(context=prompt, continuation=[5], shared=ends)]))
+    asked, scored = engine.asked[-1], engine.scored[-1]
+    assert asked.prompt == scored.prompt and [*asked.shared] == [*scored.shared]
+    return [tokenizer.decode(asked.prompt[:end]) for end in asked.shared]
+
+  assert shared("some words to be cut", 4, 10) == ["some", "some words"]
+  # " words" is one token, which the text up to here does not have.
+  assert shared("some words", 7) == ["some"]
+  assert shared("some", 0) == []
+  assert shared([5, 6, 7], 2) == [tokenizer.decode([5, 6])]
+  chat = [{"role": "system", "content": "some"}, {"role": "user", "content": "words to be cut"}]
+  instructions, document, everything = shared(chat, 4, 9, 99)
+  assert instructions == "System: some\n\n" and document.endswith("User: words")
+  assert everything.endswith("User: words to be cut\n\nAssistant:")
+  list(model.generate([TextRequest(prompt="some", max_tokens=1, choices=["be", "cut"])]))
+  assert all([*r.shared] == [len(r.prompt)] for r in engine.scored[-2:])
+
+
 def test_a_refused_score_keeps_its_place(model, engine):
   model.chat = None
   messages = [{"role": "user", "content": "a"}]
@@ -306,6 +328,14 @@ def test_schemas_and_choices_are_enforced_and_read(model, ask):
   assert valid.parsed["a"] in ("x", "y") and valid.error is None
   assert choice.parsed == choice.text and choice.text in ("some", "words")
   assert cut.finish_reason == "length" and cut.parsed is None and "not JSON" in cut.error
+
+
+def test_the_likeliest_whole_choice_is_returned_and_prefixes_compete(model, ask, tokenizer):
+  # A token's log-probability is minus its id here, so the shortest sum of ids is the likeliest.
+  choices = ["words", "some", "some words"]
+  sums = {c: sum(tokenizer.encode(c)) for c in choices}
+  [reply] = model.generate([ask("a", choices=choices)])
+  assert reply.text == reply.parsed == min(sums, key=sums.get)
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +378,20 @@ def test_loading_has_defaults_and_checks_the_length(checkpoint, loaded, one_devi
   assert everywhere.engine.num_slots == 16 and everywhere.chat is None
   everywhere.close()
   assert everywhere.engine is None
+
+
+def test_another_tokenizer_may_be_given_if_the_model_has_its_ids(
+  checkpoint, one_device_mesh, tmp_path
+):
+  path, _, _ = checkpoint
+  for name, text in (("other", "words words"), ("large", "some words to be cut " * 3)):
+    size = 261 if name == "other" else 280
+    tokenizers.train_bpe([text], vocab_size=size).save(tmp_path / name)
+  model = local.load(path, one_device_mesh, num_slots=2, tokenizer=tmp_path / "other")
+  assert model.tokenizer.vocab_size == 261
+  model.close()
+  with pytest.raises(ValueError, match=r"large has 2\d\d ids, and the model at .* has 264"):
+    local.load(path, one_device_mesh, num_slots=2, tokenizer=tmp_path / "large")
 
 
 def test_scores_are_those_of_a_plain_forward_pass(checkpoint, loaded):

@@ -39,6 +39,7 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
     ({"stop_ids": "ab"}, "stop_ids is 'ab'"),
     ({"prompt": [1, "a"]}, "a message is 1"),
     ({"sample": 2**32}, "sample is 4294967296"),
+    ({"shared": [3, -1]}, r"shared is \[3, -1\]"),
   ],
 )
 def test_an_impossible_request_is_refused_by_name(options, message):
@@ -49,7 +50,7 @@ def test_an_impossible_request_is_refused_by_name(options, message):
 def test_the_key_depends_on_all_but_the_id():
   base = {"prompt": MESSAGES, "max_tokens": 5}
   key = TextRequest(**base).key
-  assert TextRequest(**base, id="other", record_id=3).key == key
+  assert TextRequest(**base, id="other", record_id=3, shared=[4]).key == key
   others = [
     {"prompt": "hello"},
     {"max_tokens": 6},
@@ -90,10 +91,11 @@ def test_requests_and_replies_are_read_back_as_they_were_written():
     stop_ids=(3,),
     record_id=7,
     top_logprobs=2,
+    shared=(1, 4),
   )
   again = TextRequest(**json.loads(json.dumps(request.to_json())))
   assert again.key == request.key and again.id == "a" and again.json_schema == {"type": "null"}
-  assert again.record_id == 7
+  assert again.record_id == 7 and again.shared == [1, 4]
   reply = Reply(
     id="a",
     text="t",
@@ -112,9 +114,10 @@ def test_requests_and_replies_are_read_back_as_they_were_written():
 
 def test_scores_and_their_requests_are_read_back_as_they_were_written():
   for context in ("once", MESSAGES, [1, 2], ""):
-    request = ScoreRequest(context=context, continuation=[3], id="a")
+    request = ScoreRequest(context=context, continuation=[3], id="a", shared=[1])
     again = ScoreRequest(**json.loads(json.dumps(request.to_json())))
-    assert again.key == request.key and again.id == "a"
+    assert again.key == request.key and again.id == "a" and again.shared == [1]
+    assert ScoreRequest(context=context, continuation=[3]).key == request.key
     assert ScoreRequest(context=context, continuation=[4]).key != request.key
   score = Score(id="a", logprob=-1.5, num_tokens=2, is_greedy=True, cost_usd=0.5)
   assert Score.from_json(json.loads(json.dumps(score.to_json(), allow_nan=False))) == score
@@ -130,6 +133,7 @@ def test_scores_and_their_requests_are_read_back_as_they_were_written():
     ({"continuation": []}, r"continuation is \[\]"),
     ({"continuation": ["a"]}, r"continuation is \['a'\]"),
     ({"context": [{"role": "robot", "content": "x"}]}, "role"),
+    ({"shared": [-1]}, r"shared is \[-1\]"),
   ],
 )
 def test_an_impossible_score_request_is_refused_by_name(options, message):

@@ -1,17 +1,30 @@
 import collections
 import concurrent.futures
+import dataclasses
+import gc
 import os
+import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
+import selfimprove_jax.language_models.store as store_module
+from selfimprove_jax.language_models import chat_api
 from selfimprove_jax.language_models.chat_api import Prices
 from selfimprove_jax.language_models.openai_client import Limits
 from selfimprove_jax.language_models.protocol import Usage
-from selfimprove_jax.language_models.store import Answer, BudgetError, CallStore
+from selfimprove_jax.language_models.store import (
+  Answer,
+  BudgetError,
+  CallStore,
+  InFlightError,
+  StoreError,
+)
 
 ANSWER = Answer("text", "stop", Usage(10, 5), 0.25)
 CHILD = """
@@ -49,7 +62,7 @@ def test_a_reopened_store_finds_its_answers(tmp_path):
 
 
 def test_the_first_of_two_answers_is_kept_and_both_are_paid_for(store):
-  calls = [store.begin("k", model="m", most_usd=0.5) for _ in range(2)]
+  calls = [store.begin("k", model="m", most_usd=0.5, lease=False) for _ in range(2)]
   store.paid(calls[0], ANSWER)
   assert store.paid(calls[1], Answer("other", "stop", Usage(1, 1), 0.25)).text == "text"
   assert store.totals().paid_usd == 0.5
@@ -130,6 +143,200 @@ def test_a_repeated_request_is_paid_for_once(server, make_model, ask, says, stor
   list(model.generate(others))
   list(make_model(identity="another").generate([ask("same")]))
   assert len(server.calls) == 5
+
+
+@pytest.mark.parametrize("bad", [("no", {"reason": "content_filter"}), ("no", {})])
+def test_an_unusable_answer_is_asked_again_and_both_are_paid_for(
+  bad, server, make_model, ask, says, store
+):
+  text, options = bad
+  answer = says(text, **options)
+  server.behave = lambda call: answer if call.number == 0 else says('{"a": 1}')
+  model = make_model(max_repairs=0)
+  asked = ask("x", json_schema={"type": "object"})
+  [first], [second], [third] = (list(model.generate([asked])) for _ in range(3))
+  assert first.error and second.error is None and third.cached
+  assert len(server.calls) == store.totals().paid_calls == 2
+
+
+def test_an_answer_that_cannot_be_stored_is_returned_and_the_run_ends(
+  server, make_model, ask, says, tmp_path
+):
+  store = CallStore(tmp_path / "full.sqlite", max_usd=None)
+  model = make_model(store=store, limits=Limits(max_concurrent=1))
+  list(model.generate([ask("a")]))
+  pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+  store._db.execute(f"PRAGMA max_page_count={pages}")
+  server.behave = lambda call: says("x" * 100_000)
+  replies = model.generate(ask(str(i)) for i in range(9))
+  assert len(next(replies).text) == 100_000
+  with pytest.raises(StoreError, match=r"full.sqlite: database or disk is full"):
+    list(replies)
+  assert store.find(model.api.key(ask("a"))).text == "a!"
+
+
+def test_a_damaged_answer_is_absent_and_is_replaced(store):
+  store.add("k", ANSWER, model="m")
+  store._db.execute("UPDATE answers SET answer = replace(answer, 'text\"', 'tezt\"')")
+  assert store.find("k") is None
+  assert store.add("k", ANSWER, model="m") and store.find("k") == ANSWER
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+  (tmp_path / "calls.sqlite").write_bytes(b"x" * 5000)
+  with pytest.raises(StoreError, match=r"calls.sqlite: file is not a database"):
+    CallStore(tmp_path / "calls.sqlite", max_usd=None)
+
+
+def test_three_processes_on_one_store_pay_once_for_each_request(server, says, store):
+  num = 150
+  server.behave = lambda call: says(f"{call.asked}!", wait=0.02)
+  command = [sys.executable, "-c", CHILD, server.url, str(store.path), str(num), "8"]
+  pipes = {"stdout": subprocess.PIPE, "text": True}
+  children = [subprocess.Popen(command, **pipes) for _ in range(3)]
+  for child in children:
+    said, _ = child.communicate()
+    assert said.split() == [str(i) for i in range(num)] and child.returncode == 0
+  totals = store.totals()
+  assert len(server.calls) == totals.paid_calls == num
+  assert totals.uncertain_calls == 0
+
+
+def test_a_lease_ends_with_its_call_its_store_or_its_process(store, monkeypatch, tmp_path):
+  def begin(one):
+    return one.begin("k", model="m", most_usd=0.5)
+
+  other = CallStore(store.path, max_usd=None)
+  for end in (store.not_billed, store.lost, lambda call: store.paid(call, ANSWER)):
+    call = begin(store)
+    assert other.is_in_flight("k")
+    for one in (store, other):
+      with pytest.raises(InFlightError, match=r"call for k is in flight .*calls.sqlite"):
+        begin(one)
+    end(call)
+    assert not other.is_in_flight("k")
+  # One whose beats stopped is free after a time, and its end does not free the next one's.
+  first, now = begin(store), time.time()
+  monkeypatch.setattr(time, "time", lambda: now + 61)
+  second = begin(other)
+  store.not_billed(first)
+  assert store.is_in_flight("k")
+  other.not_billed(second)
+  code = "import os, sys; from selfimprove_jax.language_models.store import CallStore as S; "
+  code += "S(sys.argv[1], max_usd=None).begin('k', model='m', most_usd=0.5); os._exit(1)"
+  monkeypatch.undo()
+  subprocess.run([sys.executable, "-c", code, str(store.path)])
+  assert store._db.execute("SELECT COUNT(*) FROM leases").fetchone() == (1,)
+  begin(store)
+  other.close()
+
+
+def test_leases_are_renewed_while_the_store_is_open(tmp_path, monkeypatch):
+  monkeypatch.setattr(store_module, "_LEASE_SECONDS", 0.4)
+  monkeypatch.setattr(store_module, "_BEAT_SECONDS", 0.05)
+  first, second = (CallStore(tmp_path / "calls.sqlite", max_usd=None) for _ in range(2))
+  first.begin("k", model="m", most_usd=0.5)
+  time.sleep(0.8)
+  assert second.is_in_flight("k")
+  first.close()
+  time.sleep(0.5)
+  assert not second.is_in_flight("k")
+  second.close()
+
+
+def test_unusable_answers_are_dropped_unless_another_replaced_them(store):
+  store.add("k", ANSWER, model="m")
+  store.drop({"k": dataclasses.replace(ANSWER, text="other")})
+  assert store.find("k") == ANSWER
+  store.drop({"k": ANSWER})
+  assert store.find("k") is None
+
+
+def test_a_failure_of_any_kind_leaves_no_call_open(server, make_model, ask, store, monkeypatch):
+  model = make_model()
+  monkeypatch.setattr(chat_api.ChatApi, "answer", lambda *args: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    list(model.generate([ask()]))
+  assert store._db.execute("SELECT state FROM calls").fetchall() == [("lost",)]
+  assert not store.is_in_flight(model.api.key(ask()))
+
+
+@pytest.mark.parametrize(
+  ("damage", "what"),
+  [
+    ("UPDATE calls SET prompt_tokens = 11 WHERE id = 2", "entry of call 2"),
+    ("UPDATE calls SET state = 'qaid' WHERE id = 1", "entry of call 1"),
+    ("UPDATE calls SET checksum = NULL WHERE id = 1", "entry of call 1"),
+    ("UPDATE total SET cost_nano_usd = 0", "sum of the prices"),
+    ("DELETE FROM total", "sum of the prices"),
+    ("DELETE FROM calls WHERE id = 2", "sum of the prices"),
+  ],
+)
+def test_a_damaged_ledger_is_refused_by_name(damage, what, store):
+  for key in ("a", "b"):
+    store.add(key, ANSWER, model="m")
+  store._db.execute(damage)
+  with pytest.raises(StoreError, match=rf"calls.sqlite: the {what} .*is damaged"):
+    CallStore(store.path, max_usd=None)
+
+
+def test_a_store_that_nobody_closes_keeps_no_connection_open(tmp_path):
+  store = CallStore(tmp_path / "calls.sqlite", max_usd=None)
+  connection = store._db
+  del store
+  gc.collect()
+  with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+    connection.execute("SELECT 1")
+
+
+def test_a_store_of_an_earlier_version_is_sealed_and_read(tmp_path):
+  store = CallStore(tmp_path / "calls.sqlite", max_usd=None)
+  store.add("k", ANSWER, model="m")
+  for statement in (
+    "ALTER TABLE calls DROP COLUMN checksum",
+    "UPDATE answers SET answer = substr(answer, 1, instr(answer, char(10)) - 1)",
+    "PRAGMA user_version = 0",
+  ):
+    store._db.execute(statement)
+  store.close()
+  again = CallStore(tmp_path / "calls.sqlite", max_usd=None)
+  assert again.find("k") == ANSWER and again.totals().paid_usd == 0.25
+  again.close()
+
+
+def test_a_flipped_bit_gives_no_wrong_answer(tmp_path):
+  store = CallStore(tmp_path / "whole.sqlite", max_usd=None)
+  answers = {str(i): dataclasses.replace(ANSWER, text=f"text {i} " * 20) for i in range(30)}
+  for key, answer in answers.items():
+    store.add(key, answer, model="m")
+  totals = store.totals()
+  store.close()
+  whole = (tmp_path / "whole.sqlite").read_bytes()
+  rng, refused, absent = random.Random(0), 0, 0
+  for _ in range(100):
+    changed = bytearray(whole)
+    changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+    for path in tmp_path.glob("damaged*"):
+      path.unlink()
+    (tmp_path / "damaged.sqlite").write_bytes(changed)
+    try:
+      damaged = CallStore(tmp_path / "damaged.sqlite", max_usd=None)
+    except StoreError as error:
+      assert "damaged.sqlite: " in str(error)
+      refused += 1
+      continue
+    try:
+      for key, answer in answers.items():
+        found = damaged.find(key)
+        absent += found is None
+        assert found in (None, answer)
+      assert damaged.totals() == totals
+    except StoreError as error:
+      assert "damaged.sqlite: " in str(error)
+      refused += 1
+    finally:
+      damaged.close()
+  assert refused > 5 and absent > 5
 
 
 @pytest.mark.slow  # a real process, killed

@@ -1,3 +1,6 @@
+import re
+import time
+
 import pytest
 
 from selfimprove_jax.language_models import TextRequest, structured
@@ -25,6 +28,69 @@ VALUE = {"name": "Ada", "age": 36}
 )
 def test_a_value_is_found_in_prose(text, ask):
   assert structured.read(ask(json_schema=SCHEMA), text) == (VALUE, None)
+
+
+ANY = {"type": "object"}
+FENCE = "```json\n{}\n```"
+
+
+@pytest.mark.parametrize(
+  ("schema", "text", "value"),
+  [
+    (ANY, '{"code": "' + r"```json\n{\"a\": 1}\n```" + '"}', {"code": '```json\n{"a": 1}\n```'}),
+    (SCHEMA, FENCE.format('{"name": "x", "age": 1}') + " so\n" + FENCE.format(GOOD), VALUE),
+    (SCHEMA, f'As in [1] and {{"a": 2}}: {GOOD}', VALUE),
+    (SCHEMA, f'{GOOD} (I left out {{"email": null}})', VALUE),
+    ({"type": "number"}, FENCE.format("3"), 3),
+    ({"type": "array"}, "[[1], [2]]", [[1], [2]]),
+    # Pieces of a value that is damaged or was cut are no replies.
+    (ANY, '{"a": {"b": 1}, "c":', None),
+    (ANY, '{"a": {"b": 1},}', None),
+    (ANY, '[{"a": 1}, {"b": "', None),
+    (ANY, '{"a": NaN}', None),
+    (ANY, '{"a": [-Infinity]}', None),
+    (ANY, '{"a": 1e400}', None),
+    (ANY, '{"a": ' + "9" * 5000 + "}", None),
+    (ANY, r'{"a": "\ud800"}', None),
+    (ANY, '{"a": NaN} or rather {"a": 1}', {"a": 1}),
+    ({}, "[" * 1000 + "]" * 1000, None),
+    ({}, "[" * 100_000, None),
+    ({}, '{"a": ' * 1000 + "1" + "}" * 1000, None),
+    ({}, "[" * 100 + "]" * 100, None),
+  ],
+)
+def test_the_last_complete_and_valid_value_is_the_reply(schema, text, value, ask):
+  found, problem = structured.read(ask(json_schema=schema), text)
+  assert found == value and (problem is None) == (value is not None)
+
+
+def test_a_deep_reply_does_not_end_the_run_nor_the_next_one(server, make_model, ask, says):
+  server.behave = lambda call: says(
+    "[" * 1000 + "]" * 1000 if call.asked.startswith("bad") else GOOD
+  )
+  asked = [ask("bad", json_schema=ANY), ask("x", json_schema=SCHEMA)]
+  for _ in range(2):
+    bad, good = make_model(max_repairs=0).generate(asked)
+    assert "nested more than 64 levels" in bad.error and good.parsed == VALUE
+
+
+@pytest.mark.parametrize(
+  ("schema", "message"),
+  [
+    ({"$ref": "#"}, "refers to itself without end"),
+    ({"$ref": "#/$defs/no"}, "'/\\$defs/no'|which is not in it"),
+    ({"properties": {"a": {"$ref": "http://127.0.0.1:9/x.json"}}}, "never fetched"),
+  ],
+)
+def test_a_schema_that_cannot_be_resolved_fails_alone(schema, message, make_model, ask, server):
+  bad, good = make_model().generate([ask(json_schema=schema), ask("b")])
+  assert re.search(message, bad.error) and good.text == "b!" and len(server.calls) == 1
+
+
+def test_a_schema_may_refer_to_itself_one_level_down(ask):
+  schema = {"type": "object", "additionalProperties": {"$ref": "#"}}
+  structured.check_schema(schema)
+  assert structured.read(ask(json_schema=schema), '{"a": {"b": {}}}')[1] is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +188,7 @@ def test_a_reply_cut_at_its_length_is_not_repaired(server, make_model, ask, says
 def test_a_choice_is_returned_without_its_object(server, make_model, ask, says):
   server.behave = lambda call: says('{"choice": "no"}')
   [reply] = make_model().generate([ask(choices=["yes", "no"])])
-  assert reply.parsed == "no"
+  assert reply.parsed == reply.text == "no"
   schema = server.calls[0].body["response_format"]["json_schema"]["schema"]
   assert schema["properties"]["choice"]["enum"] == ["yes", "no"]
 
@@ -136,3 +202,10 @@ def test_an_invalid_schema_or_a_schema_for_a_text_fails_alone(server, make_model
   replies = list(make_model().generate(requests))
   assert "not a JSON schema" in replies[0].error and "bare text" in replies[1].error
   assert replies[2].text == "fine!" and len(server.calls) == 1
+
+
+def test_a_long_text_of_brackets_is_read_in_time():
+  asked = TextRequest(prompt="x", max_tokens=1, json_schema={"type": "object"})
+  begun = time.process_time()
+  assert structured.read(asked, '{"a"' * 200_000)[0] is None
+  assert time.process_time() - begun < 5

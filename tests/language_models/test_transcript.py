@@ -72,6 +72,22 @@ def test_recording_appends_to_the_file(make_model, ask, tmp_path):
   assert [reply.text for reply in played.generate([ask("a"), ask("b")])] == ["a!", "b!"]
 
 
+def test_a_torn_last_line_is_left_out_and_then_removed(make_model, ask, tmp_path):
+  path = tmp_path / "t.jsonl"
+  for text in ("a", "b"):
+    recorder = RecordingModel(make_model(), path)
+    list(recorder.generate([ask(text)]))
+    recorder.close()
+    with path.open("a") as file:
+      file.write('{"model": "some-model", "requ')
+    TranscriptModel(path)
+  played = TranscriptModel(path)
+  assert [reply.text for reply in played.generate([ask("a"), ask("b")])] == ["a!", "b!"]
+  path.write_text("[" * 100_000 + "\n")
+  with pytest.raises(ValueError, match="line 1, is not a record"):
+    TranscriptModel(path)
+
+
 def test_a_reply_is_written_before_it_is_yielded(make_model, ask, tmp_path):
   recorder = RecordingModel(make_model(), tmp_path / "t.jsonl")
   replies = recorder.generate(ask(str(i)) for i in range(9))

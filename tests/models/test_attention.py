@@ -250,8 +250,13 @@ def test_the_gpu_kernel_is_lowered_for_cuda_without_a_gpu():
   shapes = ((2, 512, 4, 128), (2, 2, 512, 128), (2, 2, 512, 128))
   qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
   segments = jax.ShapeDtypeStruct((2, 512), jnp.int32)
-  traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv, segments)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  device = jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+  )
+  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*qkv, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
   for kernel in ("mha_forward", "mha_preprocess_backward", "mha_backward"):
     assert kernel in text
 

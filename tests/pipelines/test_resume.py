@@ -104,7 +104,12 @@ def interrupted(smoke, command, subprocess_options, tmp_path_factory) -> Interru
       assert process.returncode == 0, log.read_text()
       return run
     killed = _kill(process, pending.pop(name), run, log)
-    pending = {name: moment for name, moment in pending.items() if name not in killed}
+    # Only its own moment tries SIGTERM, so that one stays.
+    pending = {
+      name: moment
+      for name, moment in pending.items()
+      if name not in killed or moment.kill == "sigterm"
+    }
 
 
 def _wait_for_moment(process, folder, pending):

@@ -76,6 +76,103 @@ def test_different_answers_stay_different(one, other):
   assert normalize(one) != normalize(other)
 
 
+@pytest.mark.parametrize(
+  ("text", "answer"),
+  [
+    (r"\boxed{\frac{3}{4}}", "3/4"),
+    (r"\boxed{-\tfrac12}", "-1/2"),
+    (r"\boxed{3\dfrac{1}{2}}", "3 1/2"),
+    ("The answer is 3 1/2 cups", "3 1/2"),
+    ("The answer is 3\u00bd.", "3 1/2"),
+    (r"so $\frac{3}{4}$ of it", "3/4"),
+    (r"\boxed{12{,}345}", "12345"),
+    (r"\boxed{1\,250}", "1250"),
+    (r"\boxed{\$1{,}250.50}", "1250.50"),
+    (r"\boxed{2.5\times 10^{3}}", "2.5e3"),
+    (r"\boxed{5\text{ cm}}", "5"),
+    (r"\boxed{5\text{ cm}^2}", "5"),
+    (r"\boxed{\text{5 apples}}", "5"),
+    (r"\boxed{50\%}", "50"),
+    (r"\boxed{90^\circ}", "90"),
+    (r"\boxed{x=3}", "3"),
+    (r"\boxed{= 3}", "3"),
+    ("Answer: 10 = 2 * 5", "10"),
+    ("The answer is 10 (that is 2 * 5).", "10"),
+    ("The answer is $5 and not $6.", "5"),
+    ("The answer is **42** dollars.", "42"),
+    ("Final answer: In 3 days he earns 54 dollars", "54"),
+    ("Final answer: \u22123", "-3"),
+    ("the answer is 7!", "7"),
+    ("in all 10-4", "4"),
+    ("so it is x^2", None),
+    # Expressions and lists are no number, and no part of them is the answer.
+    (r"\boxed{3+4}", "3+4"),
+    (r"\boxed{5x}", "5x"),
+    (r"\boxed{2\pi}", r"2\pi"),
+    (r"\boxed{3, 4}", "3, 4"),
+    (r"\boxed{3 \text{ or } 4}", r"3 \text{ or } 4"),
+    (r"\boxed{[2,5)}", "[2,5)"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+    # Boxes: the last closed one; a cut one is not read.
+    (r"\boxed{3} or \boxed{4}", "4"),
+    (r"\boxed{\boxed{8}}", "8"),
+    (r"\boxed 5.", "5"),
+    (r"\boxed{7", None),
+    (r"\boxed{3}, no, \boxed{\frac{3}{4", "3"),
+  ],
+)
+def test_a_number_is_read_whole_or_not_at_all(text, answer):
+  assert extract_answer(text, numbers_only=True) == answer
+
+
+@pytest.mark.parametrize(
+  ("gold", "answer", "correct"),
+  [
+    ("4", r"\frac{3}{4}", False),
+    (r"3\frac{1}{2}", "3.5", True),
+    ("-7/2", "-3 1/2", True),
+    ("15.5", r"3\frac{1}{2}", False),
+    ("0.5", "\u00bd", True),
+    ("-0.5", r"\frac{1}{-2}", True),
+    ("12345", "12{,}345", True),
+    ("12", "1 2", False),
+    ("3", "3, 4", False),
+    ("3", "x = 3", True),
+    ("5", r"5\text{ cm}", True),
+    ("5", "5m", False),
+    ("5", r"5\pi", False),
+    ("5", "5 million", False),
+    (r"50\%", "0.5", True),
+    ("50", r"50\%", True),
+    ("50", "0.5", False),
+    ("2500", r"2.5\times 10^3", True),
+    ("1", "1e999999999", False),
+    ("0", "1/0", False),
+    ("9" * 5000, "9" * 5000, True),
+    ("1", "9" * 5000, False),
+  ],
+)
+def test_numbers_of_any_spelling_are_compared(gold, answer, correct):
+  if math_answers.as_number(gold) is None:
+    assert correct == (normalize(gold) == normalize(answer))
+  else:
+    assert _grade([(gold, answer)], "numbers")[0][0] == correct
+
+
+def test_spelling_does_not_make_different_expressions_equal():
+  assert normalize(r"\frac{a+b}{c}") != normalize("a+b/c")
+  assert math_answers._quick("5 cm", "5 m") is None
+
+
+def test_long_degenerate_replies_are_read_in_linear_time():
+  for piece in (r"\boxed{", "the answer is x ", "1 ", "{", "$", "9", r"\frac{1}{", "(a "):
+    began = time.monotonic()
+    for numbers_only in (False, True):
+      found = extract_answer(piece * 20_000, numbers_only=numbers_only)
+      normalize(found or "")
+    assert time.monotonic() - began < 5, piece
+
+
 def _grade(pairs, checker="math_verify", **options):
   options = {"timeout_seconds": 60.0, "num_processes": 1} | options
   return [(g.correct, g.status) for g in grade(pairs, checker=checker, **options)]
@@ -113,6 +210,12 @@ def test_expressions_are_compared():
   ]
   different = [("[2,5)", "[2,5]"), ("x^2", "x^3"), ("4", r"\frac{8"), ("5", "five apples")]
   assert _grade([*equal, *different]) == [(True, "equal")] * 4 + [(False, "different")] * 4
+
+
+@_needs_math_verify
+def test_spellings_that_the_checker_reads():
+  equal = [("5", r"5\text{ cm}"), ("3", "x=3"), ("7", "3+4"), ("x=3", "3")]
+  assert _grade([*equal, ("1", "9" * 5000 + "x")]) == [(True, "equal")] * 4 + [(False, "error")]
 
 
 @_needs_math_verify

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from selfimprove_jax.report import page
-from selfimprove_jax.report.report import (
+from selfimprove_jax.report.blocks import (
   Axis,
   Bar,
   BarPlot,

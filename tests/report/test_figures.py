@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from selfimprove_jax.report import figures
-from selfimprove_jax.report.report import (
+from selfimprove_jax.report.blocks import (
   Axis,
   Figure,
   Line,

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from selfimprove_jax.report import formatting
-from selfimprove_jax.report.report import Interval, Label, Number, Stack, Style
+from selfimprove_jax.report.blocks import Interval, Label, Number, Stack, Style
 
 
 @pytest.mark.parametrize(

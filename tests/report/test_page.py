@@ -2,7 +2,7 @@ import re
 from html.parser import HTMLParser
 
 from selfimprove_jax.report import page
-from selfimprove_jax.report.report import Column, Excerpt, Section, Table, TextPair
+from selfimprove_jax.report.blocks import Column, Excerpt, Section, Table, TextPair
 
 _VOID = {"meta", "br", "use"}
 _NASTY = "</div><script>alert('x')</script><b>&amp;"

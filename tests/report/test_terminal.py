@@ -1,7 +1,7 @@
 import dataclasses
 
 from selfimprove_jax import report
-from selfimprove_jax.report.report import Column, Excerpt, Label, Section, Style, Table, TextPair
+from selfimprove_jax.report.blocks import Column, Excerpt, Label, Section, Style, Table, TextPair
 
 
 def test_the_summary_lead_and_claims_are_printed(made):

@@ -82,9 +82,7 @@ def test_recall_counts_the_exact_neighbors_that_were_found():
   scores = np.zeros((2, 4), np.float32)
   exact = ann.Neighbors(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), scores)
   found = ann.Neighbors(np.array([[3, 9, 8, 0], [7, 6, 5, 4]]), scores)
-  mean, stderr = ann.recall_at_k(found, exact)
-  assert mean == 0.75
-  assert stderr == pytest.approx(0.25)
+  assert ann.recall_at_k(found, exact).tolist() == [0.5, 1.0]
 
 
 def test_scann_finds_what_exact_search_finds():
@@ -94,23 +92,43 @@ def test_scann_finds_what_exact_search_finds():
   for tree_from, least in ((100_000, 0.97), (1, 0.9)):
     found = search(rows, rows, 10, method="scann", tree_from=tree_from)
     has_text = np.arange(len(rows)) != 7  # all its scores tie
-    recall, _ = ann.recall_at_k(
+    recall = ann.recall_at_k(
       *(ann.Neighbors(n.ids_QM[has_text], n.scores_QM[has_text]) for n in (found, exact))
-    )
+    ).mean()
     assert recall > least
     same = found.ids_QM == exact.ids_QM
     np.testing.assert_array_equal(found.scores_QM[same], exact.scores_QM[same])
-    sampled, stderr = ann.measure_recall(rows, rows, found, sample_size=300, seed=1)
-    assert sampled == pytest.approx(recall, abs=5 * stderr + 1e-3)
+    sampled, recall_S = ann.measure_recall(rows, rows, found, sample_size=300, seed=1)
+    assert len(set(sampled.tolist())) == 300
+    assert recall_S.mean() == pytest.approx(recall, abs=5 * recall_S.std() / 300**0.5 + 1e-3)
 
 
 def test_places_that_scann_cannot_fill_are_marked():
   rows = unit_rows(300, 16)
-  found = search(rows, rows, 290, method="scann", tree_from=1, searched_share=0.01)
+  found = search(rows, rows, 290, method="scann", tree_from=1, min_recall=0.01)
   missing = found.ids_QM == ann.NO_NEIGHBOR
   assert missing.any()
   assert (np.diff(missing.astype(int), axis=1) >= 0).all()  # last in each row
   np.testing.assert_array_equal(np.isneginf(found.scores_QM), missing)
+
+
+def test_leaves_are_searched_until_the_recall_is_reached_or_the_search_is_exact():
+  rng = np.random.default_rng(0)
+  rows = rng.standard_normal((3000, 32)).astype(np.float32)  # without clusters: a tree's worst case
+  rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+  exact = ann.exact_neighbors(rows, rows, 10)
+  recalls, leaves = [], []
+  for min_recall in (0.1, 0.75, 0.95):
+    found = search(rows, rows, 10, method="scann", tree_from=1, min_recall=min_recall)
+    recalls.append(ann.recall_at_k(found, exact).mean())
+    leaves.append(int(found.method.split()[1]))
+    assert recalls[-1] > min_recall - 0.03
+  assert recalls[0] < 0.75  # the fewest leaves are not enough
+  assert leaves == sorted(set(leaves))
+  found = search(rows, rows, 10, method="scann", tree_from=1, min_recall=1.0)
+  if not found.method.startswith("ScaNN"):
+    assert found.method.startswith("exact, because")
+  np.testing.assert_array_equal(found.ids_QM, exact.ids_QM)
 
 
 _SEARCH_AND_SAVE = """
@@ -120,7 +138,7 @@ from selfimprove_jax.retrieval import ann
 rows = np.load(sys.argv[1])
 for i, tree in enumerate((100_000, 1)):
   config = ann.SearchConfig(
-    num_neighbors=10, method="scann", tree_from=tree, searched_share=0.01
+    num_neighbors=10, method="scann", tree_from=tree, min_recall=0.01
   )
   found = ann.find_neighbors(rows, rows, config)
   np.savez(f"{sys.argv[2]}{i}.npz", ids=found.ids_QM, scores=found.scores_QM)
@@ -135,7 +153,7 @@ def test_scann_gives_the_same_neighbors_in_two_processes(tmp_path):
   environment = {**os.environ, "PYTHONHASHSEED": "7"}
   subprocess.run(command, env=environment, capture_output=True, check=True)
   for i, tree_from in enumerate((100_000, 1)):
-    here = search(rows, rows, 10, method="scann", tree_from=tree_from, searched_share=0.01)
+    here = search(rows, rows, 10, method="scann", tree_from=tree_from, min_recall=0.01)
     there = np.load(tmp_path / f"found{i}.npz")
     np.testing.assert_array_equal(here.ids_QM, there["ids"])
     np.testing.assert_array_equal(here.scores_QM, there["scores"])

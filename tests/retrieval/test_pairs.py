@@ -36,12 +36,15 @@ def neighbors_of(rows: list[int], num: int = 5) -> ann.Neighbors:
 FILTERS = dict(min_similarity=0.5, max_jaccard=0.5, max_uses_per_target=9, max_pairs_per_seed=9)
 
 
-def make(rows=(0, 1, 2, 3, 4), lengths=(10, 10, 10, 10, 10), max_pair_tokens=100, **changes):
+def passages(documents=NAMES, groups=NAMES, lengths=(10, 10, 10, 10, 10)):
+  values = zip(NAMES, documents, groups, TEXTS, lengths, strict=True)
+  fields = ("id", "document", "group", "text", "num_tokens")
+  return [dict(zip(fields, passage, strict=True)) for passage in values]
+
+
+def make(rows=(0, 1, 2, 3, 4), max_pair_tokens=100, documents=None, **changes):
   rows = list(rows)
-  documents = [
-    {"id": name, "text": text, "num_tokens": length}
-    for name, text, length in zip(NAMES, TEXTS, lengths, strict=True)
-  ]
+  documents = documents or passages()
   return pairs.make_pairs(
     neighbors_of(rows),
     [documents[row] for row in rows],
@@ -63,6 +66,8 @@ def test_each_seed_gets_its_near_documents_nearest_first_and_no_copy_of_itself()
   assert counts == {
     "candidates": 25,
     "itself": 5,
+    "same_document": 0,
+    "same_group": 0,
     "low_similarity": 10,
     "too_long": 0,
     "max_pairs_per_seed": 0,
@@ -74,6 +79,18 @@ def test_each_seed_gets_its_near_documents_nearest_first_and_no_copy_of_itself()
 
 def test_similarity_at_the_threshold_is_not_enough():
   assert "a|c" not in names(make(min_similarity=float(np.float32(0.8)))[0])
+
+
+def test_passages_of_one_document_are_never_paired_and_those_of_one_group_only_if_asked():
+  documents = passages(documents=["x", "x", "y", "z", "v"], groups=["f", "f", "f", "g", "h"])
+  made, counts = make(documents=documents)
+  assert names(made) == ["c|d", "d|c"]
+  assert (counts["itself"], counts["same_document"], counts["same_group"]) == (5, 2, 4)
+  made, counts = make(documents=documents, same_group=True)
+  assert names(made) == ["a|c", "b|c", "c|a", "c|b", "c|d", "d|c"]
+  assert (counts["same_document"], counts["same_group"]) == (2, 0)
+  with pytest.raises(ValueError, match=r"same_group=False .* removed \d+"):
+    make(documents=passages(groups=["f"] * 5))
 
 
 def test_a_near_duplicate_is_kept_where_copies_are_allowed():
@@ -95,9 +112,9 @@ def test_a_seed_has_no_more_pairs_than_allowed_and_they_are_its_nearest():
 
 
 def test_a_pair_and_its_three_special_tokens_fit_the_window():
-  lengths = (10, 20, 30, 40, 10)
-  assert "a|c" in names(make(lengths=lengths, max_pair_tokens=43)[0])
-  made, counts = make(lengths=lengths, max_pair_tokens=42)
+  documents = passages(lengths=(10, 20, 30, 40, 10))
+  assert "a|c" in names(make(documents=documents, max_pair_tokens=43)[0])
+  made, counts = make(documents=documents, max_pair_tokens=42)
   assert names(made) == ["a|b", "b|a"]
   assert counts["too_long"] == 6
 
@@ -112,8 +129,8 @@ def test_places_without_a_neighbor_are_passed_over():
   found = ann.Neighbors(ids, np.array([[0.9, -np.inf]], np.float32))
   made, counts = pairs.make_pairs(
     found,
-    [{"id": "x", "text": "zero", "num_tokens": 1}],
-    [{"id": name, "text": text, "num_tokens": 1} for name, text in zip(NAMES, TEXTS)],
+    [{"id": "x", "document": "x", "group": "x", "text": "zero", "num_tokens": 1}],
+    passages(lengths=(1, 1, 1, 1, 1)),
     pairs.PairFilterConfig(**FILTERS),
     shingle_size=2,
     max_pair_tokens=5,
@@ -142,40 +159,63 @@ def test_thresholds_out_of_range_are_refused():
       config.parse(pairs.PairFilterConfig, FILTERS | change)
 
 
-def some_pairs(num: int) -> tuple[list[pairs.Pair], dict[str, int]]:
+def some_pairs(num: int) -> tuple[list[pairs.Pair], dict[str, dict]]:
+  """Returns pairs of passages, and the passages: two of each document, four of each group."""
   rng = np.random.default_rng(5)
-  lengths = {f"d{i}": int(rng.integers(5, 60)) for i in range(num)}
+  documents = {
+    f"d{i}": {
+      "id": f"d{i}",
+      "document": f"document{i // 2}",
+      "group": f"group{i // 4}",
+      "num_tokens": int(rng.integers(5, 60)),
+    }
+    for i in range(num)
+  }
   joined = {}
   while len(joined) < 3 * num:
     d1, d2 = (f"d{i}" for i in rng.integers(num, size=2))
-    if d1 != d2 and lengths[d1] + lengths[d2] + 3 <= 80:
+    a, b = documents[d1], documents[d2]
+    if a["group"] != b["group"] and a["num_tokens"] + b["num_tokens"] + 3 <= 80:
       joined[d1, d2] = {"id": f"{d1}|{d2}", "d1": d1, "d2": d2, "similarity": 0.9}
-  return list(joined.values()), lengths
+  return list(joined.values()), documents
+
+
+def control_of(real, documents, *, max_pair_tokens=80, seed=0, **changes):
+  filters = pairs.PairFilterConfig(**FILTERS | changes)
+  return pairs.random_pairs(real, documents, filters, max_pair_tokens=max_pair_tokens, seed=seed)
 
 
 def test_random_pairs_keep_the_documents_and_none_of_the_links():
-  real, lengths = some_pairs(40)
-  control = pairs.random_pairs(real, lengths=lengths, max_pair_tokens=80, seed=0)
+  real, documents = some_pairs(40)
+  control = control_of(real, documents)
   assert [pair["d1"] for pair in control] == [pair["d1"] for pair in real]
   counted = [collections.Counter(pair["d2"] for pair in made) for made in (real, control)]
   assert counted[0] == counted[1]
   assert not {pair["id"] for pair in real} & {pair["id"] for pair in control}
   assert len({pair["id"] for pair in control}) == len(real)
   for pair in control:
-    assert pair["d1"] != pair["d2"]
-    assert lengths[pair["d1"]] + lengths[pair["d2"]] + 3 <= 80
+    d1, d2 = documents[pair["d1"]], documents[pair["d2"]]
+    assert d1["group"] != d2["group"]
+    assert d1["num_tokens"] + d2["num_tokens"] + 3 <= 80
     assert pair["similarity"] is None
 
 
 def test_random_pairs_depend_on_the_seed_alone():
-  real, lengths = some_pairs(20)
-  options = {"lengths": lengths, "max_pair_tokens": 80}
-  first = pairs.random_pairs(real, seed=0, **options)
-  assert first == pairs.random_pairs(real, seed=0, **options)
-  assert first != pairs.random_pairs(real, seed=1, **options)
+  real, documents = some_pairs(40)
+  first = control_of(real, documents)
+  assert first == control_of(real, documents)
+  assert first != control_of(real, documents, seed=1)
+
+
+def test_random_pairs_may_join_a_group_but_no_document_where_pairs_may():
+  real, documents = some_pairs(40)
+  control = control_of(real, documents, same_group=True)
+  joined = [(documents[pair["d1"]], documents[pair["d2"]]) for pair in control]
+  assert any(d1["group"] == d2["group"] for d1, d2 in joined)
+  assert all(d1["document"] != d2["document"] for d1, d2 in joined)
 
 
 def test_random_pairs_that_cannot_be_are_refused():
   real = [{"id": "a|b", "d1": "a", "d2": "b", "similarity": 0.9}]
   with pytest.raises(ValueError, match="'a' among 1 pairs"):
-    pairs.random_pairs(real, lengths={"a": 1, "b": 1}, max_pair_tokens=9, seed=0)
+    control_of(real, {passage["id"]: passage for passage in passages()})

@@ -112,7 +112,7 @@ def test_a_shard_cut_after_the_end_is_refused_then_repaired_to_the_same_bytes(tm
   shard.write_bytes(shard.read_bytes()[:-3])
   with pytest.raises(artifacts.ArtifactError, match=rf"{NAMES[1]} is damaged: \d+ bytes, \d+"):
     artifacts.open_artifact(folder)
-  assert _writer(folder).repair() == [NAMES[1]]
+  assert artifacts.repair(folder) == [NAMES[1]]
   with pytest.raises(artifacts.ArtifactError, match="unfinished"):
     artifacts.open_artifact(folder)
   assert _write(folder) == [NAMES[1]]
@@ -126,7 +126,7 @@ def test_a_changed_byte_is_noticed_when_the_shard_is_read_and_repaired(tmp_path,
   artifact = artifacts.open_artifact(folder)
   with pytest.raises(artifacts.ArtifactError, match=rf"{NAMES[3]} is damaged.*SHA-256"):
     list(artifact.records())
-  assert _writer(folder).repair() == [NAMES[3]]
+  assert artifacts.repair(folder) == [NAMES[3]]
   assert _write(folder) == [NAMES[3]]
   assert _bytes(folder) == whole
 
@@ -144,7 +144,7 @@ def test_an_empty_shard_that_went_missing_is_noticed_too(tmp_path):
 
 
 def test_repair_leaves_a_whole_artifact_alone(tmp_path, whole):
-  assert _writer(tmp_path / "whole").repair() == []
+  assert artifacts.repair(tmp_path / "whole") == []
   assert _bytes(tmp_path / "whole") == whole
 
 
@@ -252,7 +252,7 @@ def test_a_folder_is_a_shard_and_its_damage_is_noticed(tmp_path):
   (tmp_path / "a" / "0.zarr" / "c" / "0").rename(tmp_path / "a" / "0.zarr" / "c" / "1")
   with pytest.raises(artifacts.ArtifactError, match=r"0.zarr is damaged"):
     artifact.path("0.zarr")
-  assert _writer(tmp_path / "a").repair() == ["0.zarr"]
+  assert artifacts.repair(tmp_path / "a") == ["0.zarr"]
   assert write(tmp_path / "a").digest == write(tmp_path / "b").digest
   assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
 
@@ -301,7 +301,6 @@ def test_a_writer_with_scratch_keeps_the_same_books_and_writes_nothing(tmp_path)
   assert other.has("b.jsonl")
   assert other.counts("b.jsonl") == {"records": 2}
   assert [r["x"] for n in ("a.jsonl", "b.jsonl") for r in other.read_jsonl(n)] == [1, 2, 3]
-  assert other.repair() == []
   assert other.finish({}) is None
   assert sorted(folder.iterdir()) == before
 
@@ -321,3 +320,66 @@ def test_a_cleared_artifact_can_be_begun_with_another_config(tmp_path):
   assert list(tmp_path.iterdir()) == []
   assert artifacts.read_config(tmp_path) is None
   _writer(tmp_path, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+  ("name", "damage"),
+  [
+    ("manifest.json", lambda data: data.replace(b'"records": 10', b'"records": 11')),
+    ("manifest.json", lambda data: data.replace(b'"records": 3', b'"records": 4')),
+    ("manifest.json", lambda data: data.replace(b'"checksum"', b'"checksun"')),
+    ("manifest.json", lambda data: data[:-40]),
+    ("manifest.json", lambda data: b"{}"),
+    ("manifest.json", lambda data: b"\xff" + data),
+    ("manifest.json", lambda data: b"[" * 100_000),
+    ("manifest.json", lambda data: data.replace(b"\n ", b"\n\t", 1)),
+    ("config.json", lambda data: data.replace(b'"abc"', b'"abd"')),
+    ("config.json", lambda data: data[1:]),
+    ("config.json", lambda data: None),
+  ],
+)
+def test_a_damaged_manifest_or_config_is_refused_by_name(tmp_path, name, damage):
+  _write(tmp_path)
+  path = tmp_path / name
+  data = damage(path.read_bytes())
+  if data is None:
+    path.unlink()
+  else:
+    assert data != path.read_bytes()
+    path.write_bytes(data)
+  with pytest.raises(artifacts.ArtifactError, match=rf"is damaged.*{name}|{name} is damaged"):
+    artifacts.open_artifact(tmp_path)
+  assert name in artifacts.damage(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda line: line.replace(b'"records": 2', b'"records": 3'),
+    lambda line: line.replace(b'"name"', b'"nama"'),
+    lambda line: b"{}\n",
+    lambda line: b"\xff" + line,
+    lambda line: line[:-1],
+  ],
+  ids=["count", "key", "empty", "no UTF-8", "no newline"],
+)
+def test_a_damaged_line_inside_the_journal_is_named_and_costs_its_shards(tmp_path, whole, damage):
+  folder = tmp_path / "interrupted"
+  _write(folder, NAMES[:3], finish=False)
+  journal = folder / "shards.jsonl"
+  lines = journal.read_bytes().splitlines(keepends=True)
+  assert damage(lines[1]) != lines[1]
+  journal.write_bytes(lines[0] + damage(lines[1]) + lines[2])
+  [told] = _writer(folder).repaired
+  assert told.startswith(f"{journal} has 1 damaged lines")
+  assert NAMES[1] in _write(folder)
+  assert _bytes(folder) == whole
+
+
+def test_an_unfinished_artifact_whose_config_is_damaged_is_begun_again(tmp_path, whole):
+  folder = tmp_path / "interrupted"
+  _write(folder, NAMES[:3], finish=False)
+  (folder / "config.json").write_bytes(b"\xff")
+  assert artifacts.read_config(folder) is None
+  assert _write(folder) == NAMES
+  assert _bytes(folder) == whole

@@ -39,6 +39,16 @@ def test_every_stage_has_a_row_with_its_inputs_tokens_flops_and_state():
   assert rows["total"] == ["total", "3.56e+16"]
 
 
+def test_a_bound_is_at_most_and_so_is_the_total():
+  bound = Stage("sampled", _make, ToyConfig(), {}, Plan(tokens=5, flops=2e9, is_bound=True))
+  text = plan.describe([*_STAGES, bound], None, device=None, num_devices=1)
+  assert "at most 5  at most 2.00e+09" in text
+  assert "total, at most" in text
+  unknown = Stage("later", _make, ToyConfig(), uses_devices=True)
+  text = plan.describe([bound, unknown], None, device=None, num_devices=1)
+  assert "total of what is known" in text
+
+
 @pytest.mark.parametrize(
   ("num_devices", "time", "state"), [(1, ["1.5", "min"], "8"), (2, ["45", "s"], "4")]
 )

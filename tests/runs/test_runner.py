@@ -169,6 +169,30 @@ def test_verify_makes_again_what_is_damaged_and_nothing_else(tmp_path, stages, c
   assert "b/one: value.json is damaged and will be made again" in capsys.readouterr().out
 
 
+def test_verify_names_an_edited_manifest_and_makes_its_stage_again(tmp_path, stages, calls, capsys):
+  _run(stages, tmp_path / "run")
+  config = tmp_path / "run" / "c" / "config.json"
+  manifest = tmp_path / "run" / "b/one" / "manifest.json"
+  whole = [config.read_bytes(), manifest.read_bytes()]
+  config.write_bytes(whole[0].replace(b'b/one": "', b'b/one": "0'))
+  manifest.write_bytes(whole[1].replace(b'"total": 2', b'"total": 3'))
+  _run(stages, tmp_path / "run", verify=True)
+  told = capsys.readouterr().out
+  assert f"b/one: {manifest} is damaged: its checksum" in told
+  assert "c: " in told
+  assert _called(calls)[4:] == ["b-one"]  # a config that fits the manifest is written again
+  assert [config.read_bytes(), manifest.read_bytes()] == whole
+
+
+def test_a_damaged_config_of_a_run_is_named(tmp_path):
+  _run([stage("a")], tmp_path, config={"title": "toy"})
+  (tmp_path / "config.json").write_bytes(b"{")
+  with pytest.raises(artifacts.ArtifactError, match=r"config\.json is damaged.*writes it again"):
+    runner.read_config(tmp_path)
+  _run([stage("a")], tmp_path, config={"title": "toy"})
+  assert runner.read_config(tmp_path) == {"title": "toy"}
+
+
 @pytest.fixture
 def scheduled(monkeypatch):
   """The tasks that the runner gives to the scheduler, which runs none of them."""
@@ -270,3 +294,36 @@ def test_workers_leave_with_the_run(tmp_path, number):
   assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
   reader.join(10)  # ends once no worker holds the pipe
   assert not reader.is_alive()
+
+
+_START_WITH_ANOTHER = """
+import pathlib, sys
+from selfimprove_jax.runs import runner
+from selfimprove_jax.runtime.progress import Progress
+from tests.runs.toy import stage
+stages = [stage("a"), stage("b", "a")]
+for line in sys.stdin:
+  runner.run(stages, pathlib.Path(line.strip()), progress=Progress(quiet=True), config={})
+  print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_commands_started_at_once_in_a_new_folder_make_one_run(tmp_path):
+  command = [sys.executable, "-c", _START_WITH_ANOTHER]
+  root = pathlib.Path(__file__).parents[2]
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  two = [subprocess.Popen(command, cwd=root, **pipes) for _ in range(2)]
+  for index in range(50):
+    folder = tmp_path / str(index) / "run"
+    for process in two:
+      process.stdin.write(f"{folder}\n")
+      process.stdin.flush()
+    for process in two:
+      lines = iter(process.stdout.readline, "")
+      assert "done\n" in lines, process.communicate()[1]
+    assert artifacts.open_artifact(folder / "b").summary == {"total": 2}
+    assert not [path for path in folder.rglob("*") if storage.is_temporary(path)]
+  for process in two:
+    process.communicate()
+  assert [process.returncode for process in two] == [0, 0]

@@ -29,9 +29,10 @@ def _loop(folder, num_shards=6, *, scratch=None, **options):
   return writer, ShardLoop(writer, num_shards, label="toy", count=_count, **options)
 
 
-def _make(folder, **options):
+def _make(folder, *, on_open=lambda: None, **options):
   """Makes the artifact; returns the indices of the shards that were made now, and the totals."""
   writer, loop = _loop(folder, **options)
+  on_open()
   made = []
   for index in loop:
     loop.write_jsonl(index, _records(index))
@@ -121,12 +122,15 @@ class _Job:
     self._local = threading.local()
     self._value = None
 
+  def wait(self):
+    self._barrier.wait()
+
   def patch(self, monkeypatch):
     roles = types.SimpleNamespace(
       process_index=lambda: self._local.index, process_count=lambda: self._num_processes
     )
     monkeypatch.setattr(shards, "jax", roles)
-    monkeypatch.setattr(distributed, "barrier", lambda name: self._barrier.wait())
+    monkeypatch.setattr(distributed, "barrier", lambda name: self.wait())
     monkeypatch.setattr(distributed, "from_main", self._from_main)
     monkeypatch.setattr(distributed, "is_main", lambda: self._local.index == 0)
     monkeypatch.setattr(preemption, "requested", lambda step: False)
@@ -155,6 +159,10 @@ class _Job:
       thread.start()
     for thread in threads:
       thread.join()
+    # The others only say that the barrier is broken.
+    for error in results.values():
+      if isinstance(error, BaseException) and not isinstance(error, threading.BrokenBarrierError):
+        raise error
     return [results[index] for index in range(self._num_processes)]
 
 
@@ -171,7 +179,8 @@ def test_the_bytes_are_the_same_for_any_number_of_processes(
 
   def work(index):
     scratch = tmp_path / f"scratch-{index}" if index else None
-    return _make(folder, num_shards=7, enough=enough, scratch=scratch)
+    # As in `stage`: a writer that is opened removes what killed processes left.
+    return _make(folder, num_shards=7, enough=enough, scratch=scratch, on_open=job.wait)
 
   results = job.run(work)
   made = [indices for indices, _ in results]

@@ -188,3 +188,32 @@ def test_a_second_process_waits_for_the_first_and_finds_the_stage_done(tmp_path)
 def test_a_context_gives_the_folder_of_its_writer(tmp_path):
   writer = artifacts.Writer(tmp_path / "a", config={}, inputs={})
   assert Context("a", writer, {}, _QUIET).folder == tmp_path / "a"
+
+
+def test_a_damaged_manifest_costs_its_stage_and_no_other(tmp_path, calls, capsys):
+  _run(tmp_path, _stages())
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*.json*") if p.name != "timings.jsonl"}
+  manifest = tmp_path / "numbers" / "manifest.json"
+  manifest.write_bytes(manifest.read_bytes().replace(b'"count": 3', b'"count": 4'))
+  _run(tmp_path, _stages())
+  assert calls == ["numbers", "sums/total", "numbers"]
+  assert {path: path.read_bytes() for path in before} == before
+  assert f"numbers: {manifest} is damaged: its checksum" in capsys.readouterr().out
+
+
+def test_a_damaged_config_of_a_complete_stage_is_written_again(tmp_path, calls, capsys):
+  _run(tmp_path, _stages())
+  config = tmp_path / "numbers" / "config.json"
+  whole = config.read_bytes()
+  config.write_bytes(whole[:-5])
+  _run(tmp_path, _stages())
+  assert calls == ["numbers", "sums/total"]
+  assert config.read_bytes() == whole
+  assert f"{config} is damaged" in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_the_times_costs_its_seconds(tmp_path):
+  _run(tmp_path, _stages())
+  with (tmp_path / "timings.jsonl").open("ab") as file:
+    file.write(b'{"stage": "sums/total"}\n\xff\n[[\n{"stage": [], "seconds": 1}\n')
+  assert Run(tmp_path, None).seconds().keys() == {"numbers", "sums/total"}

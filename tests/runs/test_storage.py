@@ -2,9 +2,12 @@
 
 import gc
 import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from selfimprove_jax.data import corpora, packing, rows, tokenizer
+from selfimprove_jax.data import corpora, packing, rows
 from selfimprove_jax.data import split as split_lib
 from selfimprove_jax.pipelines.common import text
 from selfimprove_jax.retrieval import embedding
@@ -146,9 +149,24 @@ def test_a_damaged_object_is_refused_and_then_made_again(bucket, name, damage, m
   shard = name.split("/")[0]
   with pytest.raises(artifacts.ArtifactError, match=message):
     artifacts.open_artifact(bucket).path(shard)
-  writer = artifacts.Writer(bucket, config={"seed": 0}, inputs={"corpus": "abc"})
-  assert writer.repair() == [shard]
+  assert artifacts.repair(bucket) == [shard]
   assert _write(bucket) == [shard]
+  assert _bytes(bucket) == before
+
+
+def test_a_damaged_manifest_and_journal_in_a_bucket_cost_what_they_list(bucket):
+  _write(bucket)
+  before = _bytes(bucket)
+  manifest = bucket / "manifest.json"
+  manifest.write_bytes(manifest.read_bytes().replace(b'"kept": 60', b'"kept": 61'))
+  with pytest.raises(artifacts.ArtifactError, match=r"manifest.json is damaged: its checksum"):
+    artifacts.open_artifact(bucket)
+  writer = artifacts.Writer(bucket, config={"seed": 0}, inputs={"corpus": "abc"})
+  writer.write_jsonl("extra.jsonl", [])
+  entry = bucket / "shards.jsonl" / "extra.jsonl"
+  entry.write_bytes(entry.read_bytes().replace(b'"records": 0', b'"records": 1'))
+  assert _write(bucket) == [*NAMES, "rows.array_record", "array.zarr"]
+  storage.remove(bucket / "extra.jsonl")
   assert _bytes(bucket) == before
 
 
@@ -220,7 +238,7 @@ def test_light_stages_give_the_same_bytes_in_a_bucket_as_on_a_disk(bucket, tmp_p
   rows_config = text.RowsConfig(
     seq_len=64, unique_tokens=500, oracle_tokens=2000, max_document_tokens=60, batch_documents=7
   )
-  bpe = tokenizer.TokenizerConfig(vocab_size=300, train_chars=5_000)
+  bpe = text.TokenizerStageConfig(vocab_size=300, train_chars=5_000, unique_tokens=500)
   made = [
     Stage("documents", text.documents, documents),
     Stage("tokenizer", text.tokenizer, bpe, {"documents": "documents"}),
@@ -291,3 +309,87 @@ def test_metrics_are_in_the_bucket_when_synchronized_and_go_on_after_a_step(buck
   found = [(r["step"], r["train/loss"]) for r in read_metrics(bucket / "metrics.jsonl")]
   assert found == [(1, 1.0), (2, 0.5), (3, 0.25)]
   assert list((bucket / "tensorboard").iterdir())
+
+
+def _write_file(where, text):
+  storage.write_atomic(where, text.encode())
+
+
+def _write_folder(where, text):
+  with storage.replacing(where) as temporary:
+    temporary.mkdir()
+    for name in ("one", "two"):
+      (temporary / name).write_text(text)
+
+
+@pytest.mark.parametrize("write", [_write_file, _write_folder])
+def test_many_may_write_one_path_at_once(tmp_path, write):
+  errors = []
+
+  def work(text):
+    try:
+      for _ in range(50):
+        (tmp_path / "new").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "new" / "x", text)
+    except OSError as error:
+      errors.append(error)
+
+  threads = [threading.Thread(target=work, args=(text,)) for text in ("a" * 9, "b" * 9, "c")]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert errors == []
+  assert [path.name for path in (tmp_path / "new").iterdir()] == ["x"]
+  made = tmp_path / "new" / "x"
+  found = {path.read_text() for path in (made.iterdir() if made.is_dir() else [made])}
+  assert len(found) == 1 and found <= {"a" * 9, "b" * 9, "c"}
+
+
+def test_who_waits_for_a_folder_says_for_whom(tmp_path, caplog):
+  held, left = threading.Event(), threading.Event()
+
+  def hold():
+    with storage.lock(tmp_path / "stage"):
+      held.set()
+      left.wait(20)
+
+  other = threading.Thread(target=hold)
+  other.start()
+  held.wait(20)
+  threading.Timer(0.2, left.set).start()
+  with storage.lock(tmp_path / "stage"):
+    assert left.is_set()
+  other.join()
+  owner = rf"{socket.gethostname()} process {os.getpid()}"
+  assert f"{tmp_path / 'stage'} is being written by {owner}: waiting" in caplog.text
+
+
+def _is_link(root):
+  (root.parent / "elsewhere").mkdir()
+  root.symlink_to(root.parent / "elsewhere")
+
+
+def _is_open(root):
+  root.mkdir()
+  root.chmod(0o777)
+
+
+@pytest.mark.parametrize("plant", [_is_link, _is_open, pathlib.Path.touch])
+def test_a_scratch_folder_that_others_may_write_in_is_not_used(tmp_path, monkeypatch, plant):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  planted = tmp_path / f"selfimprove_jax-{os.getuid()}"
+  plant(planted)
+  work = storage.scratch(epath.Path("gs://bucket/run"))
+  assert planted not in work.parents
+  root = work.parents[1]
+  assert (root.parent, root.stat().st_mode & 0o777) == (tmp_path, 0o700)
+  assert storage.scratch(epath.Path("gs://bucket/run")) == work
+
+
+def test_a_scratch_folder_of_this_user_is_used_again(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  roots = {storage.scratch(epath.Path("gs://bucket/run")).parents[1] for _ in range(2)}
+  assert roots == {tmp_path / f"selfimprove_jax-{os.getuid()}"}
+  [root] = roots
+  assert root.stat().st_mode & 0o777 == 0o700

@@ -85,12 +85,13 @@ def _admit(model, prompts, limits, *, rows=None, cache=None, slots=None, **optio
   count, longest = len(prompts), max(map(len, prompts)) - 1
   if rows is None:
     rows, cache = _rows([[0]] * SLOTS, [0] * SLOTS), _cache(SLOTS, LENGTH)
-  prefill = dict(prompts_PT=None, empty_cache=None, sources_R=None)
+  prefill = dict(prompts_PT=None, prompt_cache=None, firsts_P=None, sources_R=None)
   if longest:
     padded = [[*prompt[:-1], *[9] * (longest + 1 - len(prompt))] for prompt in prompts]
     prefill = dict(
       prompts_PT=np.array(padded, np.int32),
-      empty_cache=_cache(count, longest),
+      prompt_cache=_cache(count, longest),
+      firsts_P=np.zeros(count, np.int32),
       sources_R=np.arange(count, dtype=np.int32),
     )
   slots = np.arange(count, dtype=np.int32) if slots is None else np.array(slots, np.int32)
@@ -192,7 +193,8 @@ def test_several_slots_may_get_one_prompt():
     _rows(prompts, [3] * 3, stop=()),
     np.array([2, 0, 3], np.int32),
     prompts_PT=np.array([[1, 2], [2, 2]], np.int32),
-    empty_cache=_cache(2, 2),
+    prompt_cache=_cache(2, 2),
+    firsts_P=np.zeros(2, np.int32),
     sources_R=np.array([0, 0, 1], np.int32),
   )
   drawn = _drawn(_decode(_summing, rows, cache)[2])

@@ -513,7 +513,7 @@ _REFUSED = [
   ({"prompt": [5, V]}, rf"a prompt holds token {V}; the model has 0 to {V - 1}"),
   ({"prompt": [-1]}, r"a prompt holds token -1"),
   ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
-  ({"min_new_tokens": -1}, r"min_new_tokens=-1 at least 0"),
+  ({"min_new_tokens": -1}, r"min_new_tokens=-1 between 0 and"),
   ({"seed": -1}, r"seed=-1; it must be at least 0 and below 2\*\*32"),
   ({"seed": 2**32}, r"seed=4294967296; .* below 2\*\*32"),
   ({"record_id": 2**64}, r"record_id=18446744073709551616; .* below 2\*\*64"),
@@ -556,3 +556,48 @@ def test_slots_that_do_not_divide_and_a_max_length_of_one_are_refused(make_engin
     make_engine(mesh=partitioning.make_mesh(data=8, fsdp=1, tensor=1))
   with pytest.raises(ValueError, match="max_length=1 must be at least 2"):
     make_engine(max_length=1)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"min_new_tokens": 2**31},
+    {"stop_ids": (2**31,)},
+    {"stop_ids": (-1,)},
+  ],
+)
+def test_a_number_that_no_row_can_hold_is_refused_when_it_is_submitted(make_engine, change):
+  with pytest.raises(ValueError, match=next(iter(change))):
+    make_engine().submit(Request(prompt=[5], max_new_tokens=2, **change))
+
+
+@pytest.mark.parametrize("change", [{"top_k": 2**31}, {"temperature": 1e39}, {"top_k": -1}])
+def test_sampling_that_the_device_cannot_hold_is_refused(change):
+  with pytest.raises(ValueError, match=next(iter(change))):
+    SamplingConfig(**change)
+
+
+def test_a_request_that_fails_on_the_host_fails_alone(make_engine, tokenizer, monkeypatch):
+  """In its slot, and on the way to it."""
+
+  def decode(tokens):
+    if 11 in tokens:
+      raise ZeroDivisionError("no such text")
+    return tokenizer.decode(tokens)
+
+  engine = make_engine(decode_text=decode)
+  # Whatever a later version forgets to check at submission.
+  monkeypatch.setattr(engine_lib, "check_request", lambda *_, **__: None)
+  good = Request(prompt=[5, 6], max_new_tokens=3, sampling=GREEDY)
+  requests = [
+    good,
+    Request(prompt=[5, 11], max_new_tokens=3),
+    Request(prompt=[5], max_new_tokens=3, min_new_tokens=2**40),
+    good,
+  ]
+  completions = engine.generate(requests)
+  reasons = [completion.finish_reason for completion in completions]
+  assert reasons[1:3] == ["error", "error"]
+  assert "no such text" in completions[1].error
+  assert completions[0].tokens == completions[3].tokens == make_engine().generate([good])[0].tokens
+  assert engine.generate([good])[0].tokens == completions[0].tokens

@@ -190,3 +190,20 @@ def test_cost_of_a_token_does_not_grow(bpe, text):
     stream.push(bpe.bos_id)
   assert longest <= 10
   assert decoded <= 25 * len(tokens)
+
+
+def test_the_space_before_a_text_that_follows_another_is_kept():
+  """SentencePiece's decoder strips it from the beginning of what it decodes."""
+  words = {1: "\u2581Hello", 2: "\u2581world", 3: "\u2581again"}
+
+  def decode(tokens):
+    return "".join(words[token] for token in tokens).replace("\u2581", " ").removeprefix(" ")
+
+  def text(context):
+    stream = TextStream(decode, (), context)
+    pieces = [stream.push(2), stream.push(3), stream.finish()]
+    assert "".join(pieces) == stream.text
+    return stream.text
+
+  assert text([1]) == " world again"
+  assert text([]) == "world again"

@@ -24,10 +24,11 @@ from selfimprove_jax.language_models.chat import ChatTemplate
 from selfimprove_jax.language_models.local import LocalModel
 from selfimprove_jax.models import llama
 from selfimprove_jax.sampling.engine import Engine
-from selfimprove_jax.sampling.requests import Completion, TokenLogprobs, Update
+from selfimprove_jax.sampling.requests import Completion, ScoreRequest, TokenLogprobs, Update
 from selfimprove_jax.sampling.text_stream import TextStream
 from selfimprove_jax.serving import run
 from selfimprove_jax.serving.app import make_app
+from selfimprove_jax.serving.schema import TextBody
 from selfimprove_jax.serving.service import EngineService
 
 _TEMPLATE = (
@@ -276,6 +277,81 @@ def test_streamed_pieces_make_up_the_whole(client):
   assert roles == {0: "assistant", 1: "assistant"}
   assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
   assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_other_chunks_have_no_usage_where_one_has_it(client):
+  options = {"stream": True, "stream_options": {"include_usage": True}}
+  *others, last = [chunk.model_dump() for chunk in _ask(client, **options)]
+  assert all("usage" in chunk and chunk["usage"] is None for chunk in others)
+  assert last["usage"]["total_tokens"] > 0
+
+
+def test_fields_that_ask_for_nothing_are_accepted(client):
+  body = {"tools": None, "tool_choice": None, "functions": None, "logit_bias": None}
+  plain = _ask(client).choices[0].message.content
+  for extra in (body, {"tools": []}, {"tool_choice": "none"}, {"tools": [], "tool_choice": "auto"}):
+    assert _ask(client, extra_body=extra).choices[0].message.content == plain
+
+
+def test_an_assistant_that_called_a_tool_may_have_said_nothing(client):
+  call = {"id": "x", "type": "function", "function": {"name": "<|im_end|>", "arguments": "{}"}}
+  messages = [*_USER, {"role": "assistant", "tool_calls": [call]}, *_USER]
+  assert _ask(client, messages=messages).choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_special_token_as_a_stop_string_is_a_stop_token(files):
+  """It has no text in which a string could be found."""
+  special = files.tokenizer.backend.token_to_id("<|im_start|>")
+  body = TextBody(model="tiny", prompt=[5], stop=["<|im_start|>", "x"], stop_token_ids=[7])
+  [request] = body.requests(
+    [[5]], max_length=9, grammar=None, stop_strings=(), special_ids={"<|im_start|>": special}
+  )
+  assert (request.stop_ids, request.stop_strings) == ((7, special), ("x",))
+
+
+def test_special_tokens_of_a_rendered_prompt_are_recognized(client, files):
+  """A client that renders the chat itself gets what /v1/chat/completions gives."""
+  text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+  assert _text(client, prompt=text).usage.prompt_tokens == len(files.chat.render(_USER))
+  assert _text(client, prompt=text).choices[0].text == _ask(client).choices[0].message.content
+
+
+def test_echo_with_logprobs_tells_those_of_the_prompt(client, engine, files):
+  """As lm-eval asks: prompts of ids, with and without a new token."""
+  prompts = [files.tokenizer.encode(text) for text in ("the cat sat on the mat", "then")]
+  options = {"prompt": prompts, "echo": True, "logprobs": 2, "temperature": 0}
+  for max_tokens in (0, 1):
+    reply = _text(client, max_tokens=max_tokens, **options)
+    for prompt, choice in zip(prompts, reply.choices, strict=True):
+      found = choice.logprobs
+      assert len(found.tokens) == len(prompt) + max_tokens
+      assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
+      [score] = engine.score([ScoreRequest(prompt=prompt[:1], continuation=prompt[1:])])
+      np.testing.assert_allclose(found.token_logprobs[1 : len(prompt)], score.logprobs, atol=1e-6)
+      best = [max(top.values()) for top in found.top_logprobs[1 : len(prompt)]]
+      is_greedy = all(a == b for a, b in zip(best, found.token_logprobs[1 : len(prompt)]))
+      assert is_greedy == score.is_greedy
+      assert all(len(top) == 2 for top in found.top_logprobs[1:])
+      assert choice.text.startswith(files.tokenizer.decode(prompt))
+  with pytest.raises(openai.BadRequestError, match="max_tokens: 0 is possible only with echo"):
+    _text(client, max_tokens=0)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**63, -1, 1e400, float("nan")])
+@pytest.mark.parametrize("field", ["top_k", "min_tokens", "max_tokens", "n", "logprobs", "top_p"])
+def test_numbers_out_of_range_are_refused_and_harm_nobody(url, client, field, value):
+  number = {1e400: "1e400"}.get(value, "NaN" if value != value else str(value))
+  body = f'{{"model": "tiny", "prompt": "the cat", "{field}": {number}}}'
+  headers = {"content-type": "application/json"}
+  reply = httpx.post(f"{url}/completions", content=body, headers=headers)
+  allowed = field == "max_tokens" and value in (2**31, 2**63)  # the room that there is
+  assert reply.status_code == (200 if allowed else 400), reply.text
+  assert _text(client).choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_constraint_that_no_text_meets_is_refused(client):
+  with pytest.raises(openai.BadRequestError, match=r"allows no text|cannot be enforced"):
+    _ask(client, extra_body={"regex": "[^\\s\\S]"})
 
 
 def test_usage_is_streamed_only_if_asked_for(client):

@@ -1,13 +1,17 @@
 """The server's command: flags it refuses, its ready line, shutdown, and README's example."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import flax.linen as nn
 import httpx
@@ -19,6 +23,7 @@ from selfimprove_jax.data import tokenizer as tokenizer_lib
 from selfimprove_jax.models import llama
 from selfimprove_jax.models.checkpoints import params_checkpoint
 from selfimprove_jax.serving import run
+from selfimprove_jax.serving.service import EngineService
 
 _VARIABLE = "SELFIMPROVE_API_KEY"
 
@@ -136,6 +141,7 @@ def test_window_that_the_model_lacks_is_refused(checkpoint, one_device_mesh, max
     run.load(
       checkpoint,
       one_device_mesh,
+      tokenizer=None,
       chat_template=None,
       num_slots=2,
       max_length=max_length,
@@ -179,3 +185,84 @@ def test_readme_serve_command_answers_on_the_real_gguf_without_torch(subprocess_
   finally:
     process.kill()
     process.communicate()
+
+
+class _Service(EngineService):
+  """A service without an engine; it has stopped by itself once there is a `reason`."""
+
+  def __init__(self) -> None:
+    self.reason: str | None = None
+
+  @property
+  def stopped(self) -> str | None:
+    return self.reason
+
+  def close(self, reason: str = "") -> None:
+    self.reason = self.reason or reason
+
+
+async def _application(scope, receive, send) -> None:
+  if scope["type"] == "lifespan":
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+    await send({"type": "lifespan.shutdown.complete"})
+    return
+  while (await receive()).get("more_body"):
+    pass
+  await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+  await send({"type": "http.response.body", "body": b"ok"})
+
+
+@contextlib.contextmanager
+def _serve(service):
+  ready = threading.Event()
+  server = run.Server(_application, service, drain_seconds=1, on_ready=ready.set)
+  with run.bind("127.0.0.1", 0) as sock:
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    assert ready.wait(20)
+    yield server, sock.getsockname(), thread
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_connections_that_stall_are_closed_and_others_are_not(monkeypatch):
+  monkeypatch.setattr(run.Protocol, "header_seconds", 0.4)
+  monkeypatch.setattr(run.Protocol, "body_seconds", 0.4)
+  head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n"
+  begun = {"nothing": b"", "headers": head, "body": head + b"\r\nab", "line": b"POST"}
+  with _serve(_Service()) as (_, address, _):
+    stalled = {name: socket.create_connection(address) for name in begun}
+    for name, data in begun.items():
+      stalled[name].sendall(data)
+    with socket.create_connection(address) as slow:  # each part of the body gives more time
+      slow.sendall(head + b"\r\n")
+      for byte in (b"a", b"b", b"c", b"d"):
+        time.sleep(0.2)
+        slow.sendall(byte)
+      slow.settimeout(10)
+      assert slow.recv(100).startswith(b"HTTP/1.1 200 OK")
+    for name, connection in stalled.items():
+      connection.settimeout(10)
+      with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(100) == b"", name
+      connection.close()
+
+
+def test_a_server_whose_service_has_stopped_ends_and_tells_why():
+  service = _Service()
+  with _serve(service) as (server, _, thread):
+    time.sleep(0.3)
+    assert thread.is_alive()
+    service.reason = "the engine has failed: x"
+    thread.join(20)
+    assert not thread.is_alive()
+    assert server.failure == "the engine has failed: x"
+
+
+def test_a_server_that_is_told_to_end_has_no_failure():
+  with _serve(_Service()) as (server, _, _):
+    pass
+  assert server.failure is None

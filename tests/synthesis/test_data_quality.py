@@ -28,13 +28,15 @@ def similarities(share: float, num: int = 200) -> data_quality.Similarities:
   corpus = [write(rng, topic) for topic in rng.integers(NUM_TOPICS, size=2 * num)]
   embed = embedding.TfidfSvd.fit(corpus, dim=NUM_TOPICS, seed=0)
   syntheses = [write(rng, topic, share) for topic in topics]
-  return data_quality.similarities(
-    seeds, syntheses, real_pairs=list(zip(seeds, targets)), embed=embed, seed=0
-  )
+  others = [write(rng, (topic + 1) % NUM_TOPICS) for topic in topics]
+  real = list(zip(seeds, targets, others))
+  return data_quality.similarities(seeds, syntheses, real=real, embed=embed, seed=0)
 
 
 def retained(found: data_quality.Similarities) -> statistics.Estimate | None:
-  return statistics.retained_share(found.own_N, found.random_N, found.real_P)
+  groups_N, groups_P = (np.arange(len(values)) for values in (found.own_N, found.real_P))
+  values = (found.own_N, found.random_N, found.real_P, found.unrelated_P)
+  return statistics.retained_share(*values, groups_N=groups_N, groups_P=groups_P)
 
 
 def test_a_synthesizer_as_good_as_real_pairs_retains_all_of_their_similarity():
@@ -55,7 +57,7 @@ def test_random_seeds_are_never_the_own_seed():
   found = data_quality.similarities(
     ["a", "a", "b", "a"],
     ["a", "a", "b", "a"],
-    real_pairs=[("a", "a"), ("b", "b")],
+    real=[("a", "a", "b"), ("b", "b", "a")],
     embed=lambda texts: np.array([embed[text] for text in texts], np.float32),
     seed=0,
   )
@@ -64,12 +66,21 @@ def test_random_seeds_are_never_the_own_seed():
   assert retained(found).value == 1
 
 
+def test_syntheses_that_are_all_alike_do_not_make_real_pairs_look_unrelated():
+  # Syntheses are about as similar to any seed as related documents are to each other.
+  options = dict(groups_N=np.arange(4), groups_P=np.arange(4))
+  own, random = np.array([0.52, 0.5, 0.51, 0.51]), np.array([0.5, 0.5, 0.49, 0.51])
+  real, unrelated = np.array([0.5, 0.52, 0.48, 0.5]), np.array([0.1, 0.12, 0.08, 0.1])
+  found = statistics.retained_share(own, random, real, unrelated, **options)
+  assert found.value == pytest.approx(0.01 / 0.4)
+
+
 def test_real_pairs_that_are_not_related_leave_no_share():
   rng = np.random.default_rng(0)
   texts = [write(rng, topic % NUM_TOPICS) for topic in range(100)]
   embed = embedding.TfidfSvd.fit(texts, dim=16, seed=0)
-  unrelated = [(texts[i], texts[i + 1]) for i in range(99)]
-  found = data_quality.similarities(texts, texts, real_pairs=unrelated, embed=embed, seed=0)
+  unrelated = [(texts[i], texts[i + 1], texts[i + 2]) for i in range(98)]
+  found = data_quality.similarities(texts, texts, real=unrelated, embed=embed, seed=0)
   assert retained(found) is None
 
 
@@ -84,16 +95,18 @@ def test_loops_duplicates_and_copies_of_the_seed_are_flagged():
   loops = ["round and round and round " * 9, "again " * 50]
   flags = data_quality.looping([*plain, *loops], max_repetition=0.3)
   assert flags.tolist() == [False] * 8 + [True] * 2
-  rate = statistics.share(flags)
+  rate = statistics.share(flags, groups=np.arange(10))
   assert (rate.value, rate.unit) == (pytest.approx(0.2), "share")
   assert rate.stderr == pytest.approx((0.2 * 0.8 / 9) ** 0.5)
 
   texts = [*plain, plain[0], plain[5] + " more"]
   options = {"max_jaccard": 0.5, "shingle_size": 3, "seed": 0}
-  flags = data_quality.duplicates(texts, sample_size=10, **options)
+  places, flags = data_quality.duplicates(texts, sample_size=10, **options)
+  assert places.tolist() == list(range(10))
   assert flags.tolist() == [False] * 8 + [True] * 2
   copies = [plain[0]] * 10
-  assert data_quality.duplicates(copies, sample_size=2, **options).tolist() == [False, True]
+  places, flags = data_quality.duplicates(copies, sample_size=2, **options)
+  assert flags.tolist() == [False, True] and len(set(places.tolist())) == 2
 
   flags = data_quality.copies_of_seed(
     plain[:4], [plain[0], *plain[5:8]], max_jaccard=0.5, shingle_size=3
@@ -109,10 +122,10 @@ def test_runs_of_words_found_in_the_corpus_are_counted():
     "one two three",  # shorter than a run
   ]
   copied_N, all_N = data_quality.copied_runs(syntheses, corpus)
-  assert (copied_N.tolist(), all_N.tolist()) == ([1, 0], [2, 3])
-  estimate = statistics.ratio(copied_N, all_N, "share")
+  assert (copied_N.tolist(), all_N.tolist()) == ([1, 0, 0], [2, 3, 0])
+  estimate = statistics.ratio(copied_N, all_N, "share", groups=["a", "b", "b"])
   assert estimate.value == pytest.approx(1 / 5)
-  assert estimate.stderr == pytest.approx(0.24)  # of two documents
+  assert estimate.stderr == pytest.approx(0.24)  # of two groups
 
 
 def test_real_passages_are_scored_as_real(real_data):
@@ -121,11 +134,11 @@ def test_real_passages_are_scored_as_real(real_data):
   sections = [words for words in sections if len(words) >= 400]
   firsts, seconds = ([" ".join(w[a : a + 200]) for w in sections] for a in (0, 200))
   embed = embedding.TfidfSvd.fit(firsts + seconds, dim=64, seed=0)
-  half = len(sections) // 2
+  others = np.random.default_rng(0).permutation(seconds[1::2])
   found = data_quality.similarities(
-    firsts[:half],
-    seconds[:half],
-    real_pairs=list(zip(firsts[half:], seconds[half:])),
+    firsts[::2],
+    seconds[::2],
+    real=list(zip(firsts[1::2], seconds[1::2], others.tolist())),
     embed=embed,
     seed=0,
   )

@@ -93,6 +93,18 @@ def test_a_loop_at_the_end_of_a_long_document_is_seen():
   assert not filters.is_looping(text[: -10 * 20], max_repetition=0.3)
 
 
+def test_text_without_spaces_is_judged_like_any_other():
+  texts = {
+    "good": "心臟把血液送到全身，肺部給血液帶來氧氣，靜脈再把血液送回來。",
+    "loop": "火山爆發時岩漿會從地殼的裂縫中噴出來，" * 4,
+    "copy": "心臟把血液送到全身，肺部給血液帶來氧氣，靜脈又把血液送回來。",
+  }
+  kept, dropped, _ = run([record(name, text) for name, text in texts.items()])
+  assert [r["id"] for r in kept] == ["good"]
+  reasons = {r["id"]: r["reason"] for r in dropped}
+  assert reasons == {"loop": "looping", "copy": "near_duplicate"}
+
+
 def test_a_share_that_is_no_share_is_refused():
   values = dict(min_tokens=10, max_repetition=30.0, max_jaccard=0.5)
   with pytest.raises(ValueError, match=r"max_repetition=30\.0"):

@@ -47,7 +47,8 @@ def test_every_config_that_trains_is_compiled_here():
     "__init__",
     "parts",
     "paper_scale",
-    "budget_forcing",  # trains nothing
+    "budget_forcing",  # trains nothing, as the next
+    "evaluation",
   }
   assert files == {name.partition(":")[0] for name in _PODS}
 
@@ -204,3 +205,28 @@ def test_collectives_count_once_per_iteration_and_with_the_whole_array():
     "all-gather": {"count": 1, "bytes": 64 * 8 * 3 * 4},
     "reduce-scatter": {"count": 1, "bytes": 64 * 3 * 4},
   }
+
+
+def test_sizes_are_told_with_three_digits_whatever_they_are():
+  found = {
+    "batch": [4, 128],
+    "mesh": {},
+    "num_layers": 2,
+    "remat": "none",
+    "attention": "xla",
+    "fits": True,
+    "peak_bytes": 12_345_678,
+    "hbm_bytes": 95e9,
+    "argument_bytes": 2_100_000,
+    "temp_bytes": 512,
+    "state_bytes": 2_094_000,
+    "state_bytes_whole": 16_752_000,
+    "model_flops": 1e9,
+    "xla_flops": 1e9,
+    "collectives": {"all-gather": {"count": 3, "bytes": 40_000}},
+    "compile_seconds": 1.0,
+  }
+  told = compile_for.describe("train", found)
+  assert "fits: 12.3 MB of 95 GB a device (arguments 2.1 MB, temporaries 0.512 kB)" in told
+  assert "parameters and state: 2.09 MB a device, 16.8 MB in all" in told
+  assert "all-gather: 3 times, 40 kB a device" in told

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -78,11 +79,14 @@ def test_hugging_face_to_orbax_and_back_gives_the_same_bits(convert, hf_folder, 
     "(orbax): 15 tensors of 19,744 parameters" in there.stdout and "in bfloat16" in there.stdout
   )
   assert open_checkpoint(tmp_path / "orbax").kind == "orbax"
+  assert re.search(r"^reading  39,488/39,488 bytes  100%.*\nwriting .*orbax$", there.stderr, re.M)
   back = convert(
     f"--from={tmp_path / 'orbax'}", f"--to={tmp_path / 'hf'}", "--max_shard_gb=0.00001"
   )
   assert back.returncode == 0, back.stderr
   assert "(hf): 27 tensors" in back.stdout
+  assert re.search(r"^reading .*orbax$", back.stderr, re.M)
+  assert re.search(r"^writing  39,488/39,488 bytes  100%", back.stderr, re.M)
   before, after = _tensors(hf_folder), _tensors(tmp_path / "hf")
   assert before.keys() == after.keys() and len(before) == 27
   for name, value in before.items():

@@ -268,6 +268,32 @@ def test_early_stopping_gives_the_best_parameters(train, tmp_path):
   assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5"]
 
 
+def test_training_that_only_makes_the_loss_higher_gives_the_parameters_of_its_start(
+  train, tmp_path, monkeypatch
+):
+  losses = [3.0, 5.0, 4.0, 3.5]
+  evaluate = _Scripted(losses)
+  result = train(tmp_path / "whole", training=PATIENT, evaluate=evaluate)
+  assert (result.step, result.steps_made) == (0, 3)
+  _assert_same(result.params, evaluate.seen[0])
+  _stop_at(monkeypatch, 2)
+  with pytest.raises(preemption.Preempted):
+    train(tmp_path / "stopped", training=PATIENT, evaluate=_Scripted(losses[:3]))
+  resumed = train(tmp_path / "stopped", training=PATIENT, evaluate=_Scripted(losses[3:]))
+  assert (resumed.step, resumed.curve) == (0, result.curve)
+  _assert_same(resumed.params, result.params)
+
+
+def test_a_run_stops_at_the_loss_it_is_asked_for(train, tmp_path):
+  goal = dataclasses.replace(TRAINING, num_evaluations=NUM_STEPS, stop_at_loss=3.0)
+  evaluate = _Scripted([9.0, 5.0, 2.9])
+  result = train(tmp_path, training=goal, evaluate=evaluate)
+  assert (result.step, result.steps_made) == (2, 2)
+  _assert_same(result.params, evaluate.seen[2])
+  again = train(tmp_path, training=goal, evaluate=_Scripted([]))
+  assert (again.step, again.steps_made) == (2, 2)
+
+
 @pytest.mark.parametrize("stop", [1, 2, 4])
 def test_early_stopping_is_the_same_after_a_resume(train, tmp_path, monkeypatch, stop):
   before, after = _Scripted(LOSSES[: stop + 1]), _Scripted(LOSSES[stop + 1 :])

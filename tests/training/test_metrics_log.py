@@ -1,6 +1,7 @@
 import json
 import struct
 
+import pytest
 from tensorboardX.proto import event_pb2
 
 from selfimprove_jax.training import metrics_log
@@ -90,3 +91,48 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path):
   other.close()
   assert [r["step"] for r in other.records] == [1, 2]
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def _wandb_records(path):
+  """Reads the records of a `.wandb` file, which is in LevelDB's log format, in blocks of 32 KiB."""
+  from wandb.proto import wandb_internal_pb2
+
+  data, begin, parts = path.read_bytes(), 7, b""
+  while begin + 7 <= len(data):
+    if 32768 - begin % 32768 < 7:
+      begin += 32768 - begin % 32768  # padding
+      continue
+    _crc, size, kind = struct.unpack_from("<IHB", data, begin)
+    parts += data[begin + 7 : begin + 7 + size]
+    begin += 7 + size
+    if kind in (1, 4):  # whole, or the last part
+      yield wandb_internal_pb2.Record.FromString(parts)
+      parts = b""
+
+
+def _wandb_history(folder):
+  """Reads {step: metrics} and the ids of the runs from what would be uploaded."""
+  found, ids = {}, set()
+  for path in sorted(folder.glob("wandb/wandb/offline-run-*/*.wandb")):
+    for record in _wandb_records(path):
+      if record.WhichOneof("record_type") == "run":
+        ids.add(record.run.run_id)
+      items = {
+        i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item
+      }
+      if items:
+        step = items.pop("_step")
+        found[step] = {name: value for name, value in items.items() if not name.startswith("_")}
+  return found, ids
+
+
+def test_weights_and_biases_gets_the_same_curve_and_goes_on_after_a_resume(tmp_path, monkeypatch):
+  pytest.importorskip("wandb")
+  monkeypatch.setenv("WANDB_PROJECT", "a-project")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  monkeypatch.setenv("WANDB_SILENT", "true")
+  _write(tmp_path, range(3))
+  log = _write(tmp_path, range(3, 5), from_step=2)
+  found, ids = _wandb_history(tmp_path)
+  assert [{"step": step, **found[step]} for step in sorted(found)] == log.records
+  assert len(ids) == 1

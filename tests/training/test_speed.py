@@ -58,6 +58,12 @@ def test_without_a_peak_there_is_no_mfu_and_without_steps_no_line(time):
   assert speed.Clock(step_tokens=1, flops_per_token=1.0, peak=None).line() == ""
 
 
+def test_a_peak_below_the_speed_of_the_run_gives_no_mfu(time):
+  clock = _run(time, (200.0, "an abacus"))  # the run makes 240 FLOP/s
+  assert clock.summary()["mfu"] is None
+  assert "MFU unknown, above 100% of 2e-10 TFLOP/s (an abacus" in clock.line()
+
+
 def test_the_line_names_the_peak_and_the_convention(time):
   line = _run(time, (1e12, "an abacus")).line()
   assert "40 tokens/s" in line

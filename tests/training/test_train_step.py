@@ -1,11 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from selfimprove_jax.models.llama import abstract_params
 from selfimprove_jax.runtime import partitioning
-from selfimprove_jax.training import losses, train_step
+from selfimprove_jax.training import losses, optimizer, train_step
 
 MESHES = {
   "1x8x1": {"data": 1, "fsdp": 8, "tensor": 1},
@@ -14,6 +15,7 @@ MESHES = {
   "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 DROPOUT_KEY = jax.random.key(7)
+SPIKES = optimizer.SkipSpikesConfig(window=2)
 
 
 def _run(setup, mesh, batches, accumulation_steps=1):
@@ -86,6 +88,31 @@ def test_the_metrics_are_those_of_the_whole_batch_before_the_update(
   assert first["loss"] == pytest.approx(float(loss), rel=1e-5)
   assert first["tokens"] == batches[0]["loss_mask"].sum()
   assert (first["learning_rate"], second["learning_rate"]) == pytest.approx((0.0, 5e-3))
+
+
+def test_the_logged_learning_rate_is_that_of_the_update_after_a_skipped_spike():
+  tx = optimizer.skip_spikes(optax.sgd(schedule := lambda step: 0.5**step), SPIKES)
+  state = train_step.TrainState(jnp.int32(0), {"x": jnp.float32(0)}, tx.init({"x": jnp.float32(0)}))
+
+  def loss(params, batch, key):
+    return params["x"] * batch["gradient"], {}
+
+  rates, updates = [], []
+  for gradient in (1.0, float("nan"), 1.0):
+    before = state.params["x"]
+    state, metrics = train_step.train_step(
+      state,
+      {"loss_mask": jnp.ones((1, 2), bool), "gradient": jnp.float32(gradient)},
+      jax.random.key(0),
+      loss=loss,
+      tx=tx,
+      learning_rate=schedule,
+      accumulation_steps=1,
+    )
+    rates.append(float(metrics["learning_rate"]))
+    updates.append(float(before - state.params["x"]))
+  assert updates == [1.0, 0.0, 0.5]
+  assert rates == [1.0, 0.5, 0.5]
 
 
 def test_dropout_is_on_in_training_and_new_in_each_step(make_setup, batches, one_device_mesh):

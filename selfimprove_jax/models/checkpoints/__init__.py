@@ -7,8 +7,11 @@ from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.gguf import GgufCheckpoint
 from selfimprove_jax.models.checkpoints.hf import HfCheckpoint
 from selfimprove_jax.models.checkpoints.hf_config import CONFIG_FILE
-from selfimprove_jax.models.checkpoints.params_checkpoint import MODEL_FILE, ParamsCheckpoint
-from selfimprove_jax.models.checkpoints.stage import StageCheckpoint
+from selfimprove_jax.models.checkpoints.params_checkpoint import (
+  MODEL_FILE,
+  ParamsCheckpoint,
+  StageCheckpoint,
+)
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 
 __all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint"]
@@ -20,14 +23,13 @@ def open_checkpoint(path: str | os.PathLike, *, step: int | None = None) -> Chec
   Args:
     path: a Hugging Face folder, a .gguf file, a folder of `params_checkpoint.save_params`, or the
       folder of a stage that trained a model.
-    step: the training step of a stage to open; None is the step that the stage chose.
+    step: the training step to open in a stage; None is the one that the stage chose.
 
   Raises:
-    ValueError: there is no model at the path, or no such step.
     artifacts.ArtifactError: the stage is unfinished or damaged.
   """
   path = pathlib.Path(path)
-  # Before Hugging Face: a stage has a config.json too.
+  # Checked before Hugging Face: a stage has a config.json too.
   is_stage = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
   if is_stage and not any(path.glob("*.safetensors")):
     return StageCheckpoint(path, step=step)

@@ -1,4 +1,4 @@
-"""The interface of a pretrained checkpoint, whatever its format."""
+"""Defines the interface of pretrained checkpoints of all formats."""
 
 import abc
 import functools
@@ -16,8 +16,9 @@ from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runtime.config import parse, to_json
+from selfimprove_jax.runtime.progress import Progress
 
-# The fields of `LlamaConfig` that the weights were trained for; the others say how to compute.
+# The fields of `LlamaConfig` that the weights were trained for; the others set how to compute.
 _FIXED_BY_WEIGHTS = (
   *("vocab_size", "num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim"),
   *("qk_norm", "qkv_bias", "tie_embeddings", "rope_theta", "rope_scaling", "norm_eps"),
@@ -36,11 +37,7 @@ class Checkpoint(abc.ABC):
   @functools.cached_property
   @abc.abstractmethod
   def config(self) -> LlamaConfig:
-    """The model as it is stored.
-
-    Raises:
-      ValueError: we cannot compute this model; the error names the reason.
-    """
+    """The config of the model as stored; raises ValueError for a model that we cannot compute."""
 
   @property
   @abc.abstractmethod
@@ -53,15 +50,18 @@ class Checkpoint(abc.ABC):
     return self.config.param_dtype
 
   @abc.abstractmethod
-  def load_params(self, mesh: Mesh, config: LlamaConfig) -> Any:
+  def load_params(
+    self, mesh: Mesh, config: LlamaConfig, *, progress: Progress = Progress.QUIET
+  ) -> Any:
     """Loads the parameters onto a mesh, in `config.param_dtype`.
 
     Args:
-      config: what `compute_config` returned.
+      config: the result of `compute_config`.
+      progress: shows the bytes of the parameters that were loaded.
 
     Raises:
-      ValueError: a tensor is missing or superfluous, or has another shape or dtype.
-      DamagedCheckpointError: the parameters cannot be read, or are not those that were saved.
+      ValueError: the tensors' names, shapes or dtypes do not fit the config.
+      DamagedCheckpointError: the parameters cannot be read, or differ from the saved ones.
     """
 
   def compute_config(self, changes: Mapping[str, Any]) -> LlamaConfig:
@@ -69,19 +69,12 @@ class Checkpoint(abc.ABC):
 
     Args:
       changes: JSON values of fields of `LlamaConfig`. Fields that the weights were trained for may
-        be given, but not changed.
-
-    Raises:
-      ValueError: a field is unknown or out of range, or would make it another model.
+        be given, but not changed: ValueError.
     """
     stored = to_json(self.config)
     changed = parse(LlamaConfig, {**stored, **changes})
-    new = to_json(changed)
-    lines = artifacts.differences(
-      {name: stored[name] for name in _FIXED_BY_WEIGHTS},
-      {name: new[name] for name in _FIXED_BY_WEIGHTS},
-    )
-    if lines:
+    fixed = [{name: c[name] for name in _FIXED_BY_WEIGHTS} for c in (stored, to_json(changed))]
+    if lines := artifacts.differences(*fixed):
       raise ValueError(
         f"{self.path} holds another model than the config describes.\n"
         f"Differences (checkpoint -> config):\n  " + "\n  ".join(lines)
@@ -90,10 +83,10 @@ class Checkpoint(abc.ABC):
 
   @property
   def files(self) -> dict[str, dict[str, Any]]:
-    """The size, and the SHA-256 of the first and last MiB, of every file; read anew each time.
+    """The size of every file, and the SHA-256 of its first and last MiB; not cached.
 
-    Whole files would take minutes for a large model. Their ends contain the header of safetensors
-    and GGUF files, and differ when a file was truncated or replaced.
+    Hashing whole files would take minutes for a large model. The ends contain the header of
+    safetensors and GGUF files, and differ when a file was truncated or replaced.
     """
     root = self.path if self.path.is_dir() else self.path.parent
     found = {}
@@ -109,30 +102,22 @@ class Checkpoint(abc.ABC):
 
   @property
   def digest(self) -> str:
-    """Identifies the content: SHA-256 of `files`."""
+    """The SHA-256 of `files`, which identifies the content."""
     return artifacts.digest(self.files)
 
   def _paths(self) -> Iterable[pathlib.Path]:
-    """Returns the files that the digest covers."""
+    """Yields the files that the digest covers."""
     for path in self.path.rglob("*"):
       hidden = any(part.startswith(".") for part in path.relative_to(self.path).parts)
       if path.is_file() and not hidden:  # hidden: .git, the cache of downloads, .DS_Store
         yield path
 
   def tokenizer_files(self) -> TokenizerFiles:
-    """Reads the tokenizer.
-
-    Raises:
-      ValueError: the checkpoint has none.
-    """
+    """Reads the tokenizer; raises ValueError if there is none."""
     return tokenizer_files.read_tokenizer(self._tokenizer_folder(), begins_with_bos=False)
 
   def copy_tokenizer(self, folder: str | os.PathLike) -> None:
-    """Writes the tokenizer and the chat template as Hugging Face's files into a folder.
-
-    Raises:
-      ValueError: the checkpoint has none.
-    """
+    """Writes the tokenizer and chat template as Hugging Face's files; raises as above."""
     tokenizer_files.copy_tokenizer(self._tokenizer_folder(), folder)
 
   def _tokenizer_folder(self) -> pathlib.Path:
@@ -140,10 +125,7 @@ class Checkpoint(abc.ABC):
 
   @property
   def generation(self) -> dict[str, Any] | None:
-    """The content of generation_config.json, else the ids of the special tokens.
-
-    None if the checkpoint has no tokenizer either.
-    """
+    """The content of generation_config.json, else the ids of the special tokens, else None."""
     file = self.path / tokenizer_files.GENERATION_FILE
     if file.exists():
       return read_json(file)

@@ -4,6 +4,7 @@ Supports the architectures llama, qwen2 and qwen3 with weights in F32, F16, BF16
 which become plain floating-point parameters.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -14,27 +15,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+import selfimprove_jax.models.checkpoints.gguf_file as gguf_file
 import selfimprove_jax.models.checkpoints.gguf_tokenizer as gguf_tokenizer
+import selfimprove_jax.models.checkpoints.hf_config as hf_config
+import selfimprove_jax.models.checkpoints.hf_names as hf_names
 import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
-from selfimprove_jax.models.checkpoints.hf_names import (
-  HfTensor,
-  check_shapes,
-  hf_tensors,
-  tensors_by_path,
-)
+from selfimprove_jax.models.checkpoints.hf_names import HfTensor
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
-from selfimprove_jax.models.llama import (
-  Llama,
-  LlamaConfig,
-  RopeScaling,
-  abstract_params,
-  rope_frequencies,
-)
+from selfimprove_jax.models.llama import LlamaConfig, RopeScaling, rope_frequencies
+from selfimprove_jax.runtime.progress import Progress
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_1")
-# Hugging Face's names after `model.layers.N.` -> llama.cpp's names after `blk.N.`.
+# Hugging Face's names after `model.layers.N.` -> llama.cpp's after `blk.N.`.
 _LAYER_NAMES = {
   "input_layernorm": "attn_norm",
   "post_attention_layernorm": "ffn_norm",
@@ -54,61 +48,63 @@ _OTHER_NAMES = {
   "lm_head.weight": "output.weight",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-
-
-@functools.lru_cache(maxsize=1)  # reading the metadata takes seconds
-def _open(path: str, modified: int) -> Any:
-  del modified  # a part of the key, so that a file that was replaced is read again
-  try:
-    import gguf
-  except ImportError:
-    raise ImportError(
-      "reading a .gguf file needs the package gguf: pip install 'selfimprove_jax[gguf]'"
-    ) from None
-  try:
-    return gguf.GGUFReader(path)
-  except ValueError as error:
-    raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
+# Our names -> the keys of a file, which follow the architecture's name.
+_SIZES = {
+  "num_layers": "block_count",
+  "embed_dim": "embedding_length",
+  "mlp_dim": "feed_forward_length",
+  "num_heads": "attention.head_count",
+}
+_NAMES = {
+  **_SIZES,
+  "num_kv_heads": "attention.head_count_kv",
+  "head_dim": "attention.key_length",
+  "norm_eps": "attention.layer_norm_rms_epsilon",
+  "rope_theta": "rope.freq_base",
+}
+# Keys that change nothing that we compute.
+_HARMLESS = (
+  *("context_length", "pooling_type", "tensor_data_layout", "vocab_size"),
+  *("rope.scaling.finetuned", "rope.scaling.original_context_length"),
+)
+# Keys that change what a model computes, with the values that leave it as our model is. llama.cpp
+# takes a factor without a type as linear scaling.
+_OFF = (0.0, 1.0)
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+  "attention.causal": (True,),
+  "expert_count": (0,),
+  "expert_used_count": (0,),
+  **dict.fromkeys(("attention.sliding_window", "attention.max_alibi_bias"), (0,)),
+  **dict.fromkeys(("attention.clamp_kqv", "attention.scale"), (0.0,)),
+  **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (0.0,)),
+  **dict.fromkeys(("embedding_scale", "logit_scale", "residual_scale"), _OFF),
+  **dict.fromkeys(("rope.scale_linear", "rope.scaling.factor", "rope.scaling.attn_factor"), _OFF),
+  "rope.scaling.type": ("none", "linear"),  # a factor of 1
+}
 
 
 class _File:
-  """The metadata and tensors of a GGUF file."""
+  """The metadata and tensors of a GGUF file with a model that we may compute."""
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    self._reader = _open(str(path), path.stat().st_mtime_ns)
-    self.tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-    self.architecture = self["general.architecture"]
+    file = gguf_file.open_file(path, path.stat().st_mtime_ns)
+    self.fields, self.tensors, self.read = file.fields, file.tensors, file.read
+    self.architecture = self.fields.get("general.architecture")
     if self.architecture not in _ARCHITECTURES:
       raise ValueError(
         f"{path} has architecture {self.architecture!r}; supported are {_ARCHITECTURES}"
       )
 
   def get(self, key: str, default: Any = None) -> Any:
-    """Returns a metadata value; `{arch}` in the key stands for the architecture."""
-    field = self._reader.fields.get(key.replace("{arch}", getattr(self, "architecture", "")))
-    return default if field is None else field.contents()
+    """Returns the value of a key of the architecture."""
+    return self.fields.get(f"{self.architecture}.{key}", default)
 
   def __getitem__(self, key: str) -> Any:
     value = self.get(key)
     if value is None:
-      raise ValueError(f"{self.path} has no {key}")
+      raise ValueError(f"{self.path} has no {self.architecture}.{key}")
     return value
-
-  def starting_with(self, prefix: str) -> dict[str, Any]:
-    fields = self._reader.fields
-    return {k: field.contents() for k, field in fields.items() if k.startswith(prefix)}
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    """Returns a tensor's shape with the outermost axis first; GGUF stores it reversed."""
-    return tuple(int(size) for size in reversed(self.tensors[name].shape))
-
-  def read(self, name: str) -> np.ndarray:
-    """Returns a tensor in float32."""
-    import gguf
-
-    tensor = self.tensors[name]
-    return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(self.shape(name))
 
 
 class GgufCheckpoint(Checkpoint):
@@ -126,119 +122,124 @@ class GgufCheckpoint(Checkpoint):
 
   @property
   def max_positions(self) -> int:
-    return self._file["{arch}.context_length"]
+    return hf_config.check_size(self.path, "context_length", self._file["context_length"])
 
-  def load_params(self, mesh: Mesh, config: LlamaConfig) -> Any:
-    file, tensors = self._file, hf_tensors(config)
+  def load_params(
+    self, mesh: Mesh, config: LlamaConfig, *, progress: Progress = Progress.QUIET
+  ) -> Any:
+    file = self._file
+    hf_names.check_layers(file.path, file.tensors, config)
+    tensors = hf_names.hf_tensors(config)
     _check_tensors(file, tensors)
-    by_path = tensors_by_path(tensors)
 
-    def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-      layers = by_path[tuple(entry.key for entry in path)]
-      if layers[0].layer is None:
-        whole = _read(file, layers[0], leaf.dtype)
-      else:
-        whole = np.empty(leaf.shape, leaf.dtype)
-        for out, tensor in zip(whole, layers, strict=True):
-          out[...] = _read(file, tensor, leaf.dtype)
-      array = jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, lambda index: whole[index], dtype=leaf.dtype
-      )
-      # Transfers are asynchronous: without this, the host would hold several parameters at a time.
-      return jax.block_until_ready(array)
+    def make_reader(layers: list[HfTensor], leaf: jax.ShapeDtypeStruct) -> hf_names.Reader:
+      # Dequantized once, not once per block: quantized tensors cannot be read in slices.
+      whole = np.empty(leaf.shape, leaf.dtype)
+      parts = [whole] if layers[0].layer is None else whole
+      for out, tensor in zip(parts, layers, strict=True):
+        out[...] = _read(file, tensor)
+      return whole.__getitem__
 
-    return jax.tree.map_with_path(load, abstract_params(Llama(config), mesh))
+    return hf_names.place_params(config, mesh, tensors, make_reader, progress)
 
   def _paths(self) -> Iterable[pathlib.Path]:
     return [self.path]
 
   def tokenizer_files(self) -> TokenizerFiles:
-    return gguf_tokenizer.read_tokenizer(self._file.starting_with("tokenizer."), self.path)
+    fields = self._file.fields.items()
+    metadata = {name: value for name, value in fields if name.startswith("tokenizer.")}
+    return gguf_tokenizer.read_tokenizer(metadata, self.path)
 
   def copy_tokenizer(self, folder: str | os.PathLike) -> None:
     tokenizer_files.write_tokenizer(self.tokenizer_files(), folder)
 
 
 def _read_config(file: _File) -> LlamaConfig:
-  """Returns the model that a file's metadata describe."""
-  for key in ("expert_count", "attention.sliding_window"):
-    if file.get(f"{{arch}}.{key}"):
-      raise ValueError(
-        f"{file.path} has {file.architecture}.{key}={file[f'{{arch}}.{key}']}; our model has none"
-      )
-  scaling_type = file.get("{arch}.rope.scaling.type", "none")
-  if scaling_type != "none":
-    raise ValueError(
-      f"{file.path} has {file.architecture}.rope.scaling.type={scaling_type!r}; supported is 'none'"
-    )
-  embed_dim, num_heads = file["{arch}.embedding_length"], file["{arch}.attention.head_count"]
-  head_dim = file.get("{arch}.attention.key_length", embed_dim // num_heads)
-  rotary_dim = file.get("{arch}.rope.dimension_count", head_dim)
-  if rotary_dim != head_dim:
-    raise ValueError(
-      f"{file.path} has {file.architecture}.rope.dimension_count={rotary_dim}; supported is "
-      f"{head_dim}, the whole head"
-    )
-  theta = _shortest(file.get("{arch}.rope.freq_base", 10_000.0))
+  _refuse_unsupported(file)
   if "token_embd.weight" not in file.tensors:
     raise ValueError(f"{file.path} lacks token_embd.weight")
-  return LlamaConfig(
-    vocab_size=file.shape("token_embd.weight")[0],
-    num_layers=file["{arch}.block_count"],
-    embed_dim=embed_dim,
-    mlp_dim=file["{arch}.feed_forward_length"],
-    num_heads=num_heads,
-    num_kv_heads=file["{arch}.attention.head_count_kv"],
-    head_dim=head_dim,
-    qk_norm=file.architecture == "qwen3",
-    qkv_bias=file.architecture == "qwen2",
-    tie_embeddings="output.weight" not in file.tensors,
-    rope_theta=theta,
-    rope_scaling=_rope_scaling(file, head_dim, theta),
-    norm_eps=_shortest(file["{arch}.attention.layer_norm_rms_epsilon"]),
+  head_dim = _head_dim(file)
+  theta = _shortest(file.get("rope.freq_base", 10_000.0))
+  values = {ours: file[key] for ours, key in _SIZES.items()}
+  values |= {
+    "vocab_size": file.tensors["token_embd.weight"].shape[0],
+    "num_kv_heads": file.get("attention.head_count_kv", values["num_heads"]),
+    "head_dim": head_dim,
+    "qk_norm": file.architecture == "qwen3",
+    "qkv_bias": file.architecture == "qwen2",
+    "tie_embeddings": "output.weight" not in file.tensors,
+    "rope_theta": theta,
+    "norm_eps": _shortest(file["attention.layer_norm_rms_epsilon"]),
+  }
+  config = hf_config.make_config(
+    file.path, values, {k: f"{file.architecture}.{v}" for k, v in _NAMES.items()}
   )
+  return dataclasses.replace(config, rope_scaling=_rope_scaling(file, config))
 
 
-def _shortest(value: float) -> float:
-  """Returns 1e-05 for the float32 0.0000099999997: the decimal number that was meant."""
-  return float(str(np.float32(value)))
+def _head_dim(file: _File) -> Any:
+  width, heads = file["embedding_length"], file["attention.head_count"]
+  return file.get("attention.key_length", hf_config.quotient(width, heads))
 
 
-def _rope_scaling(file: _File, head_dim: int, theta: float) -> RopeScaling:
-  """Recognizes Llama 3.1's RoPE scaling, which GGUF stores as one factor per frequency.
+def _refuse_unsupported(file: _File) -> None:
+  """Raises ValueError for a key that our model would not obey."""
+  head_dim = _head_dim(file)
+  neutral = _NEUTRAL | dict.fromkeys(
+    ("attention.value_length", "rope.dimension_count"), (head_dim,)
+  )
+  prefix = f"{file.architecture}."
+  found = {k.removeprefix(prefix): v for k, v in file.fields.items() if k.startswith(prefix)}
+  for key, allowed in neutral.items():
+    if key in found and found[key] not in allowed:
+      supported = " or ".join(map(repr, allowed))
+      raise ValueError(f"{file.path} has {prefix}{key}={found[key]!r}; supported is {supported}")
+  if unknown := found.keys() - neutral.keys() - {*_NAMES.values(), *_HARMLESS}:
+    raise ValueError(
+      f"{file.path} has {', '.join(f'{prefix}{key}={found[key]!r}' for key in sorted(unknown))}, "
+      f"which may change what the model computes; it is not supported"
+    )
+  if (parts := file.fields.get("split.count", 1)) not in (0, 1):
+    raise ValueError(f"{file.path} is one of {parts} parts of a model; merge them into one file")
 
-  Only the parameters of Llama 3.1 and 3.2 are recognized: a pretraining context of 8192, and
-  wavelengths bounded by 1 and 4.
-  """
+
+def _shortest(value: Any) -> Any:
+  """Returns the shortest decimal that rounds to a float32: 1e-05 for 0.0000099999997."""
+  return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope_scaling(file: _File, config: LlamaConfig) -> RopeScaling:
+  """Recognizes Llama 3.1's and 3.2's RoPE scaling, which GGUF stores as a factor per frequency."""
   if _ROPE_FACTORS not in file.tensors:
     return RopeScaling()
-  factors_h = file.read(_ROPE_FACTORS)
-  scaling = RopeScaling(  # the lowest frequencies are divided by the whole factor
-    factor=_shortest(float(factors_h.max())),
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_positions=8192,
-  )
-  unscaled_h = rope_frequencies(head_dim, theta, RopeScaling())
-  scaled_h = rope_frequencies(head_dim, theta, scaling)
-  if factors_h.shape != scaled_h.shape or not np.allclose(
-    unscaled_h / scaled_h, factors_h, rtol=1e-4
-  ):
-    raise ValueError(f"{file.path} has a {_ROPE_FACTORS} that is not Llama 3.1's RoPE scaling")
-  return scaling
+  tensor, theta = file.tensors[_ROPE_FACTORS], config.rope_theta
+  if (tensor.shape, tensor.type.name) == ((config.head_dim // 2,), "F32"):
+    factors_h = file.read(_ROPE_FACTORS)
+    if np.isfinite(factors_h).all() and factors_h.max() > 0:
+      scaling = RopeScaling(  # the lowest frequencies are divided by the whole factor
+        factor=_shortest(float(factors_h.max())),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
+      )
+      unscaled_h = rope_frequencies(config.head_dim, theta, RopeScaling())
+      scaled_h = rope_frequencies(config.head_dim, theta, scaling)
+      if np.allclose(unscaled_h / scaled_h, factors_h, rtol=1e-4):
+        return scaling
+  raise ValueError(f"{file.path} has a {_ROPE_FACTORS} that is not Llama 3.1's RoPE scaling")
 
 
-def _read(file: _File, tensor: HfTensor, dtype: np.dtype) -> np.ndarray:
-  """Reads one layer of our parameter."""
+def _read(file: _File, tensor: HfTensor) -> np.ndarray:
+  """Reads one layer of our parameter in float32."""
   array = file.read(_gguf_name(tensor.name))
   if file.architecture == "llama" and tensor.path[-1] in ("wq_DNH", "wk_DKH"):
-    # llama.cpp rotates neighboring dimensions (0, 1), (2, 3), ... of llama's heads and permutes the
-    # weights for it; our RoPE, like Hugging Face's, rotates dimension i with i + H / 2.
+    # llama.cpp's RoPE rotates neighboring dimensions (0, 1), (2, 3), ... of llama's heads, and its
+    # weights are permuted to match; ours, like Hugging Face's, rotates dimension i with i + H / 2.
     heads, width = tensor.sizes[tensor.axes[0][0]], tensor.sizes["H"]
     pairs = array.reshape(heads, width // 2, 2, -1)
     array = pairs.swapaxes(1, 2).reshape(array.shape)
-  whole = tuple(slice(0, tensor.sizes[letter]) for letter in tensor.ours)
-  return tensor.read_ours(lambda slices: array[slices], whole).astype(dtype)
+  everything = tuple(slice(0, tensor.sizes[letter]) for letter in tensor.ours)
+  return tensor.read_ours(array.__getitem__, everything)
 
 
 def _gguf_name(name: str) -> str:
@@ -252,9 +253,9 @@ def _gguf_name(name: str) -> str:
 
 def _check_tensors(file: _File, tensors: list[HfTensor]) -> None:
   expected = {_gguf_name(tensor.name): tensor.shape for tensor in tensors}
-  found = {name: file.shape(name) for name in file.tensors if name != _ROPE_FACTORS}
-  check_shapes(file.path, found, expected)
+  found = {name: t.shape for name, t in file.tensors.items() if name != _ROPE_FACTORS}
+  hf_names.check_shapes(file.path, found, expected)
   for name in expected:
-    quantization = file.tensors[name].tensor_type.name
+    quantization = file.tensors[name].type.name
     if quantization not in _TYPES:
       raise ValueError(f"{file.path} has {name} in {quantization}; supported are {_TYPES}")

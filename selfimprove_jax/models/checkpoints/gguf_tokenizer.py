@@ -1,8 +1,8 @@
-"""Builds the tokenizer that a GGUF file's metadata describe, with the library `tokenizers` alone.
+"""Builds the tokenizer that a GGUF file's metadata describe, using only the library `tokenizers`.
 
-llama.cpp's file stores vocabulary and merges; the pre-tokenizer is only a name
-(`tokenizer.ggml.pre`), for which llama.cpp has regular expressions in its source. The table below
-has those of the models that we can run.
+A GGUF file stores the vocabulary and the merges, but of the pre-tokenizer only its name
+(`tokenizer.ggml.pre`); the regular expressions are in llama.cpp's source. The table below copies
+those of the models that we can run.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ class _PreTokenizer:
   """A pre-tokenizer and the settings that its name in a GGUF file implies.
 
   Attributes:
-    patterns: each one splits the pieces that the one before left.
+    patterns: each one splits the pieces of the one before.
     ignore_merges: a piece that is in the vocabulary is one token, even if no merges lead to it.
-    adds_bos: texts begin with BOS, unless the file says otherwise.
-    nfc: the text is brought into Unicode's normal form C first.
+    adds_bos: texts begin with BOS, unless the file sets `add_bos_token`.
+    nfc: normalize the text to Unicode NFC first.
   """
 
   patterns: tuple[str, ...]
@@ -65,6 +65,13 @@ _SPECIAL_IDS = {
   "unk_token": "unknown_token_id",
   "pad_token": "padding_token_id",
 }
+_LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": float}
+_TYPES = {
+  **_LISTS,
+  **dict.fromkeys(("model", "pre", "tokenizer.chat_template"), str),
+  **dict.fromkeys(_SPECIAL_IDS.values(), int),
+  **dict.fromkeys(("add_bos_token", "add_space_prefix"), bool),
+}
 # llama.cpp's ids for a SentencePiece vocabulary that names none.
 _SENTENCEPIECE_IDS = {"unk_token": 0, "bos_token": 1, "eos_token": 2}
 
@@ -74,17 +81,20 @@ def read_tokenizer(metadata: Mapping[str, Any], path: str | os.PathLike) -> Toke
 
   Args:
     metadata: the file's values whose keys begin with `tokenizer.`.
-    path: the file, for errors.
-
-  Raises:
-    ValueError: the file has no tokenizer, or one of a kind that we do not build.
+    path: the file's name in error messages.
   """
   ggml = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+  _check_types(ggml, path)
   kind, tokens = ggml.get("model"), ggml.get("tokens")
   if not tokens:
     raise ValueError(f"{path} has no tokenizer: tokenizer.ggml.tokens is missing or empty")
   if kind == "gpt2":
-    pre = _pre_tokenizer(ggml, path)
+    name = ggml.get("pre", "default")  # llama.cpp's default for files older than the field
+    if name not in _PRE_TOKENIZERS:
+      raise ValueError(
+        f"{path} has tokenizer.ggml.pre={name!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
+      )
+    pre = _PRE_TOKENIZERS[name]
     backend = _byte_level(ggml, pre, path)
     adds_bos, default_ids = pre.adds_bos, {}
   elif kind == "llama":
@@ -96,7 +106,12 @@ def read_tokenizer(metadata: Mapping[str, Any], path: str | os.PathLike) -> Toke
       f"'llama' (SentencePiece)"
     )
   ids = {name: ggml.get(key, default_ids.get(name)) for name, key in _SPECIAL_IDS.items()}
+  for name, id_ in ids.items():
+    if id_ is not None and not 0 <= id_ < len(tokens):
+      raise ValueError(f"{path} has {_SPECIAL_IDS[name]}={id_}, and {len(tokens)} tokens")
   special = {name: tokens[id_] for name, id_ in ids.items() if id_ is not None}
+  if "" in special.values():
+    raise ValueError(f"{path} has special tokens without text: {special}")
   _add_tokens(backend, tokens, ggml.get("token_type") or (), special)
   if ggml.get("add_bos_token", adds_bos) and "bos_token" in special:
     bos = special["bos_token"]
@@ -112,13 +127,16 @@ def read_tokenizer(metadata: Mapping[str, Any], path: str | os.PathLike) -> Toke
   )
 
 
-def _pre_tokenizer(ggml: Mapping[str, Any], path: str | os.PathLike) -> _PreTokenizer:
-  name = ggml.get("pre", "default")  # as llama.cpp does with files older than the field
-  if name not in _PRE_TOKENIZERS:
-    raise ValueError(
-      f"{path} has tokenizer.ggml.pre={name!r}; supported are {', '.join(_PRE_TOKENIZERS)}"
-    )
-  return _PRE_TOKENIZERS[name]
+def _check_types(ggml: Mapping[str, Any], path: str | os.PathLike) -> None:
+  """Raises ValueError for a value of another type than llama.cpp's."""
+  for key, kind in _TYPES.items():
+    value = ggml.get(key)
+    parts = value if isinstance(value, list) else [value]
+    is_list = key in _LISTS
+    if value is None or (isinstance(value, list) == is_list and {*map(type, parts)} <= {kind}):
+      continue
+    wanted = f"a list of {kind.__name__}" if is_list else kind.__name__
+    raise ValueError(f"{path} has the tokenizer's {key}={str(value)[:40]}; it must be {wanted}")
 
 
 def _byte_level(
@@ -145,7 +163,8 @@ def _sentencepiece(ggml: Mapping[str, Any], path: str | os.PathLike) -> tokenize
     merges = _merges_of_scores(tokens, ggml["scores"])
   else:
     raise ValueError(f"{path} has neither tokenizer.ggml.merges nor tokenizer.ggml.scores")
-  unknown = tokens[ggml.get("unknown_token_id", 0)]
+  id_ = ggml.get("unknown_token_id", 0)
+  unknown = tokens[id_] if 0 <= id_ < len(tokens) else None  # which `read_tokenizer` refuses
   backend = _bpe(tokens, merges, path, unk_token=unknown, fuse_unk=True, byte_fallback=True)
   adds_space = ggml.get("add_space_prefix", True)
   backend.pre_tokenizer = pre_tokenizers.Metaspace(
@@ -159,10 +178,7 @@ def _sentencepiece(ggml: Mapping[str, Any], path: str | os.PathLike) -> tokenize
 
 
 def _bpe(
-  tokens: Sequence[str],
-  merges: Sequence[tuple[str, ...]],
-  path: str | os.PathLike,
-  **options: Any,
+  tokens: Sequence[str], merges: Sequence[tuple[str, ...]], path: str | os.PathLike, **options: Any
 ) -> tokenizers.Tokenizer:
   vocab = {token: id_ for id_, token in enumerate(tokens)}
   try:
@@ -172,10 +188,9 @@ def _bpe(
 
 
 def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
-  """Recovers merges from SentencePiece's scores.
+  """Recovers merges from SentencePiece's scores: a merge ranks by the score of its result.
 
-  SentencePiece joins the two neighbors whose union scores highest, so a merge's rank is the score
-  of what it makes. Ties are broken as by transformers' `generate_merges`.
+  Breaks ties like transformers' `generate_merges`.
   """
   vocab = {token: id_ for id_, token in enumerate(tokens)}
   found = []
@@ -194,7 +209,7 @@ def _add_tokens(
   token_types: Sequence[int],
   special: Mapping[str, str],
 ) -> None:
-  """Makes control tokens special, and user-defined tokens (`<think>`) match as a whole."""
+  """Makes control tokens special, and keeps user-defined tokens (`<think>`) in one piece."""
   kinds = list(zip(tokens, token_types))
   control = [token for token, kind in kinds if kind == _CONTROL]
   backend.add_special_tokens(

@@ -1,12 +1,12 @@
 """Loads models from Hugging Face folders.
 
-Each process reads only the parts of a parameter that its devices hold, one parameter at a time, so
+Each process reads only the blocks of a parameter that its devices hold, one parameter at a time, so
 no host needs memory for a whole model.
 """
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,15 +15,11 @@ import safetensors
 from jax.sharding import Mesh
 
 import selfimprove_jax.models.checkpoints.hf_config as hf_config
+import selfimprove_jax.models.checkpoints.hf_names as hf_names
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
-from selfimprove_jax.models.checkpoints.hf_names import (
-  HfTensor,
-  check_shapes,
-  hf_tensors,
-  some,
-  tensors_by_path,
-)
-from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
+from selfimprove_jax.models.checkpoints.hf_names import HfTensor
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.runtime.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,26 +32,22 @@ class _Weights:
   def __init__(self, folder: pathlib.Path):
     files = {}
     if (folder / INDEX_FILE).exists():
-      files = hf_config.read_json(folder / INDEX_FILE)["weight_map"]
+      files = _read_index(folder / INDEX_FILE)
     opened = {}
     for file in sorted(set(files.values()) or {WEIGHTS_FILE}):
       try:
         opened[file] = safetensors.safe_open(folder / file, framework="numpy")
       except FileNotFoundError:
         raise ValueError(f"{folder} has no {file}: its weights must be safetensors") from None
-      except safetensors.SafetensorError as error:
+      except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{folder / file} is damaged: {error}") from error
     if not files:
       files = dict.fromkeys(opened[WEIGHTS_FILE].keys(), WEIGHTS_FILE)
-    self.folder = folder
+    self.folder, self.names = folder, set(files)
     try:
       self._slices = {name: opened[file].get_slice(name) for name, file in files.items()}
     except safetensors.SafetensorError as error:
       raise ValueError(f"{folder / INDEX_FILE} does not fit its files: {error}") from error
-
-  @property
-  def names(self) -> set[str]:
-    return set(self._slices)
 
   def shape(self, name: str) -> tuple[int, ...]:
     return tuple(self._slices[name].get_shape())
@@ -66,6 +58,17 @@ class _Weights:
 
   def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
     return self._slices[name][slices]
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+  """Returns the file of each tensor."""
+  files = hf_config.read_json(path).get("weight_map")
+  if not isinstance(files, dict) or not files:
+    raise ValueError(f"{path} has no weight_map, the file of each tensor")
+  for name, file in files.items():
+    if not isinstance(file, str) or pathlib.PurePath(file).name != file:
+      raise ValueError(f"{path} puts {name} into {file!r}, which is no file of its folder")
+  return files
 
 
 class HfCheckpoint(Checkpoint):
@@ -79,7 +82,8 @@ class HfCheckpoint(Checkpoint):
 
   @property
   def max_positions(self) -> int:
-    return hf_config.read_json(self.path / hf_config.CONFIG_FILE)["max_position_embeddings"]
+    path, name = self.path / hf_config.CONFIG_FILE, "max_position_embeddings"
+    return hf_config.check_size(path, name, hf_config.read_json(path).get(name))
 
   @property
   def dtype(self) -> str:
@@ -88,47 +92,36 @@ class HfCheckpoint(Checkpoint):
     dtypes = {DTYPES[weights.dtype(name)] for name in weights.names}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
-  def load_params(self, mesh: Mesh, config: LlamaConfig) -> Any:
+  def load_params(
+    self, mesh: Mesh, config: LlamaConfig, *, progress: Progress = Progress.QUIET
+  ) -> Any:
     weights = _Weights(self.path)
+    hf_names.check_layers(self.path, weights.names, config)
     prefix = "" if "embed_tokens.weight" in weights.names else "model."
-    tensors = hf_tensors(config, prefix=prefix)
+    tensors = hf_names.hf_tensors(config, prefix=prefix)
     _check_tensors(weights, tensors, config)
-    by_path = tensors_by_path(tensors)
-
-    def load(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-      layers = by_path[tuple(entry.key for entry in path)]
-      array = jax.make_array_from_callback(
-        leaf.shape, leaf.sharding, _block_reader(weights, layers, leaf), dtype=leaf.dtype
-      )
-      # Transfers are asynchronous: without this, the host would hold several parameters at a time.
-      return jax.block_until_ready(array)
-
-    return jax.tree.map_with_path(load, abstract_params(Llama(config), mesh))
+    make_reader = functools.partial(_block_reader, weights)
+    return hf_names.place_params(config, mesh, tensors, make_reader, progress)
 
 
 def _block_reader(
   weights: _Weights, layers: Sequence[HfTensor], leaf: jax.ShapeDtypeStruct
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-  """Returns a function that reads a block of one of our parameters."""
-
+) -> hf_names.Reader:
   @functools.cache  # several devices may hold copies of a block
   def read(starts_and_stops: tuple[tuple[int, int], ...]) -> np.ndarray:
     ranges = tuple(slice(*pair) for pair in starts_and_stops)
-    if layers[0].layer is None:
-      return _read(weights, layers[0], ranges).astype(leaf.dtype)
-    rows, *inner = ranges
     block = np.empty([r.stop - r.start for r in ranges], leaf.dtype)
-    for out, tensor in zip(block, layers[rows]):
-      out[...] = _read(weights, tensor, tuple(inner))
+    if layers[0].layer is None:
+      parts = [(block, layers[0])]
+    else:
+      parts, ranges = zip(block, layers[ranges[0]]), ranges[1:]
+    for out, tensor in parts:
+      out[...] = tensor.read_ours(functools.partial(weights.read, tensor.name), ranges)
     return block
 
   return lambda index: read(
     tuple(r.indices(size)[:2] for r, size in zip(index, leaf.shape, strict=True))
   )
-
-
-def _read(weights: _Weights, tensor: HfTensor, ranges: tuple[slice, ...]) -> np.ndarray:
-  return tensor.read_ours(functools.partial(weights.read, tensor.name), ranges)
 
 
 def _check_tensors(weights: _Weights, tensors: Sequence[HfTensor], config: LlamaConfig) -> None:
@@ -141,7 +134,7 @@ def _check_tensors(weights: _Weights, tensors: Sequence[HfTensor], config: Llama
   if config.tie_embeddings and "lm_head.weight" in found:
     _check_tied(weights, tensors[0].name)
     del found["lm_head.weight"]
-  check_shapes(weights.folder, found, expected)
+  hf_names.check_shapes(weights.folder, found, expected)
   _check_dtypes(weights, list(expected))
 
 
@@ -149,21 +142,20 @@ def _check_dtypes(weights: _Weights, names: Sequence[str]) -> None:
   wrong = [f"{name} {weights.dtype(name)}" for name in names if weights.dtype(name) not in DTYPES]
   if wrong:
     raise ValueError(
-      f"{weights.folder} has tensors in an unsupported dtype: {some(wrong)}; supported are "
-      f"{', '.join(DTYPES)}"
+      f"{weights.folder} has tensors in an unsupported dtype: {hf_names.some(wrong)}; supported "
+      f"are {', '.join(DTYPES)}"
     )
 
 
 def _check_tied(weights: _Weights, embedding: str) -> None:
-  """Checks that the head equals the embedding, where a file stores both although they are tied."""
+  """Checks that the head equals the embedding in a file that stores both although they are tied."""
   head = "lm_head.weight"
-  equal = weights.shape(head) == weights.shape(embedding)
-  equal = equal and weights.dtype(head) == weights.dtype(embedding)
-  num_rows = weights.shape(head)[0] if equal else 0
-  for start in range(0, num_rows, 4096):  # in blocks, since both may take gigabytes
-    block = (slice(start, min(start + 4096, num_rows)), slice(None))
-    equal = equal and np.array_equal(weights.read(head, block), weights.read(embedding, block))
-  if not equal:
+  shape, dtype = weights.shape(head), weights.dtype(head)
+  # In blocks, since both may take gigabytes.
+  blocks = [(slice(i, min(i + 4096, shape[0])), slice(None)) for i in range(0, shape[0], 4096)]
+  if (shape, dtype) != (weights.shape(embedding), weights.dtype(embedding)) or not all(
+    np.array_equal(weights.read(head, block), weights.read(embedding, block)) for block in blocks
+  ):
     raise ValueError(
-      f"{weights.folder} says tie_word_embeddings=True, but its {head} is not its {embedding}"
+      f"{weights.folder} has tie_word_embeddings=True, but its {head} is not its {embedding}"
     )

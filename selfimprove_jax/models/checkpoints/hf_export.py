@@ -1,7 +1,4 @@
-"""Writes models as Hugging Face folders.
-
-The host holds the tensors of one file at a time.
-"""
+"""Writes models as Hugging Face folders; the host holds the tensors of one file at a time."""
 
 import functools
 import json
@@ -25,6 +22,7 @@ from selfimprove_jax.models.checkpoints.hf_names import HfTensor, hf_tensors
 from selfimprove_jax.models.checkpoints.params_checkpoint import check_is_free
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.runtime import distributed
+from selfimprove_jax.runtime.progress import Bar, Progress
 
 _logger = logging.getLogger(__name__)
 
@@ -39,25 +37,26 @@ def save_pretrained(
   max_positions: int,
   dtype: str,
   max_shard_bytes: int = 5 * 10**9,
+  progress: Progress = Progress.QUIET,
 ) -> None:
   """Writes a folder that transformers' `AutoModelForCausalLM` reads.
 
-  The folder appears by a rename once it is complete. Every process of a job must call this; the
-  main process writes.
+  A rename creates the folder once it is complete. Every process of a job must call this; the main
+  process writes.
 
   Args:
     folder: must not exist, or be empty.
     params: with any sharding.
-    tokenizer: the folder of a tokenizer to copy; None writes weights alone.
+    tokenizer: the folder of a tokenizer to copy; None writes only the weights.
     generation: content of generation_config.json (token ids, sampling defaults); None for no file.
     max_positions: the context length to write to config.json.
     dtype: dtype of the tensors: float32, bfloat16 or float16.
-    max_shard_bytes: the largest size of a safetensors file, and so of what the host holds; a larger
+    max_shard_bytes: largest size of a safetensors file, which bounds the host's memory; a larger
       tensor gets its own file.
+    progress: shows the bytes that were written.
 
   Raises:
-    ValueError: transformers has no such architecture; `dtype` is unknown, or float16 can't hold the
-      values; the folder is not empty; or `tokenizer` holds no tokenizer.
+    ValueError: transformers has no such architecture, or float16 can't hold the values.
   """
   folder = pathlib.Path(folder)
   if dtype not in hf.DTYPES.values():
@@ -68,18 +67,20 @@ def save_pretrained(
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     value |= {name: generation[name] for name in ids if name in generation}
   if tokenizer is None:
-    _logger.warning("no tokenizer was given: %s gets weights alone", folder)
+    _logger.warning("no tokenizer was given: %s gets only weights", folder)
   else:
     tokenizer_files.check_tokenizer(tokenizer)
 
-  # All processes have seen the folder empty before one of them writes to it.
+  # Otherwise one process could write before another has checked that the folder is empty.
   distributed.barrier("save_pretrained begins")
   writes = distributed.is_main()
   temporary = folder.with_name(f".{folder.name}.tmp")
   if writes:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-  _write_weights(temporary, params, config, jnp.dtype(dtype), max_shard_bytes, writes)
+  total = config.num_parameters * jnp.dtype(dtype).itemsize
+  with progress.track(total, "writing", "bytes") as bar:
+    _write_weights(temporary, params, config, jnp.dtype(dtype), max_shard_bytes, writes, bar)
   if writes:
     if tokenizer is not None:
       tokenizer_files.copy_tokenizer(tokenizer, temporary)
@@ -102,6 +103,7 @@ def _write_weights(
   dtype: np.dtype,
   max_shard_bytes: int,
   writes: bool,
+  bar: Bar,
 ) -> None:
   """Writes the safetensors files and their index; processes that do not write only gather."""
   shards: list[list[HfTensor]] = []
@@ -123,6 +125,7 @@ def _write_weights(
       array = _fetch(functools.reduce(dict.__getitem__, tensor.path, params), tensor.layer, dtype)
       if dtype == np.float16 and not np.isfinite(array).all():
         raise ValueError(f"float16 can't hold the values of {tensor.name}; choose bfloat16")
+      bar.update(array.nbytes)
       if writes:
         arrays[tensor.name] = tensor.to_hf(array)
         weight_map[tensor.name] = name
@@ -131,32 +134,27 @@ def _write_weights(
       safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
   if writes and len(shards) > 1:
     total = sum(int(np.prod(t.shape)) * dtype.itemsize for tensors in shards for t in tensors)
-    _write_json(
-      folder / hf.INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / hf.INDEX_FILE, index)
 
 
 def _fetch(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
-  """Copies one layer of a parameter to the host, whichever processes' devices hold its parts."""
+  """Copies one layer of a parameter to the host, from the devices of all processes."""
   if leaf.is_fully_addressable:
-    return np.asarray(_pick(leaf, layer, dtype))
+    return np.asarray(_picker(None)(leaf, layer, dtype))
   # No process can read the others' devices: an all-gather gives each of them the whole layer.
   replicated = NamedSharding(leaf.sharding.mesh, PartitionSpec())
-  return np.asarray(_pick_to(replicated)(leaf, layer, dtype).addressable_data(0))
+  return np.asarray(_picker(replicated)(leaf, layer, dtype).addressable_data(0))
 
 
-def _pick_layer(leaf: jax.Array, layer: int | jax.Array | None, dtype: np.dtype) -> jax.Array:
-  if layer is not None:
-    leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-  return leaf.astype(dtype)
+@functools.cache  # one compilation per sharding, not one per call
+def _picker(out_sharding: NamedSharding | None) -> Callable[..., jax.Array]:
+  def pick(leaf: jax.Array, layer: int | jax.Array | None, dtype: np.dtype) -> jax.Array:
+    if layer is not None:
+      leaf = jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return leaf.astype(dtype)
 
-
-_pick = jax.jit(_pick_layer, static_argnames="dtype")
-
-
-@functools.cache
-def _pick_to(sharding: NamedSharding) -> Callable[..., jax.Array]:
-  return jax.jit(_pick_layer, static_argnames="dtype", out_shardings=sharding)
+  return jax.jit(pick, static_argnames="dtype", out_shardings=out_sharding)
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:

@@ -1,17 +1,16 @@
-"""Saves and loads a model's parameters by themselves, as an orbax folder.
+"""Loads parameters that this package saved in orbax: by `save_params`, or by a stage that trained.
 
-  params/       the parameters
-  tokenizer.json, ...
-  model.json    LlamaConfig, context length and checksums; written last, so that a folder with it is
-                complete
-
-It restores on any mesh. `training.checkpoint.Checkpoints` saves the whole state of a training run.
+A folder of `save_params` holds params/, the tokenizer's files and model.json (LlamaConfig, context
+length and checksums), which is written last, so that a folder with it is complete.
+`training.checkpoint.Checkpoints` saves the whole state of a training run. Both restore on any mesh.
 """
 
+import abc
 import functools
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,16 +19,18 @@ from jax.sharding import Mesh
 
 import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
-from selfimprove_jax.models.checkpoints.hf_config import read_json
+from selfimprove_jax.models.checkpoints.hf_config import check_size, read_json
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runtime import distributed
 from selfimprove_jax.runtime.config import parse, to_json
+from selfimprove_jax.runtime.progress import Progress
 
 MODEL_FILE = "model.json"
 _PARAMS = "params"
+_STEPS = "checkpoints"  # a stage's folder with a folder for each saved step
 _FORMAT = 1
 
 
@@ -45,12 +46,9 @@ def save_params(
 
   Args:
     folder: must not exist, or be empty.
+    params: in `config.param_dtype`.
     tokenizer: the folder of a tokenizer to copy, or None.
     max_positions: the model's context length.
-
-  Raises:
-    ValueError: the folder is not empty, `tokenizer` holds no tokenizer, or the parameters are not
-      in `config.param_dtype`.
   """
   dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
   if dtypes != {config.param_dtype}:
@@ -59,20 +57,15 @@ def save_params(
   check_is_free(folder)
   if tokenizer is not None:
     tokenizer_files.check_tokenizer(tokenizer)
-  # All processes have seen the folder empty before one of them writes to it.
+  # Otherwise one process could write before another has checked that the folder is empty.
   distributed.barrier("save_params begins")
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(folder / _PARAMS, params)
-  value = {
-    "checksums": checksums(params),
-    "format": _FORMAT,
-    "max_positions": max_positions,
-    "model": to_json(config),
-  }
+  value = {"checksums": checksums(params), "format": _FORMAT, "max_positions": max_positions}
   if distributed.is_main():
     if tokenizer is not None:
       tokenizer_files.copy_tokenizer(tokenizer, folder)
-    artifacts.write_json(folder / MODEL_FILE, value)
+    artifacts.write_json(folder / MODEL_FILE, {**value, "model": to_json(config)})
   distributed.barrier("save_params ends")
 
 
@@ -82,69 +75,123 @@ def check_is_free(folder: pathlib.Path) -> None:
     raise ValueError(f"{folder} exists already; name a new folder, or delete it")
 
 
-class ParamsCheckpoint(Checkpoint):
+class _OrbaxCheckpoint(Checkpoint):
+  """Parameters that this package saved, with their checksums."""
+
+  @abc.abstractmethod
+  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+    """Returns the folder of the parameters and the checksums of the saved ones."""
+
+  def load_params(
+    self, mesh: Mesh, config: LlamaConfig, *, progress: Progress = Progress.QUIET
+  ) -> Any:
+    progress.note(f"reading {self.path}")
+    path, saved_checksums = self._stored()
+    abstract = abstract_params(Llama(config), mesh)
+    # Restored in the saved dtype, or the checksums would differ.
+    dtype = self.config.param_dtype
+    saved = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract
+    )
+    try:
+      with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path.absolute(), saved)  # orbax refuses relative paths
+    except Exception as error:  # orbax and tensorstore raise many types for a damaged file
+      raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
+    if checksums(params) != saved_checksums:
+      raise DamagedCheckpointError(
+        f"{path} is damaged: its checksums are not those that were saved"
+      )
+    leaves, tree = jax.tree.flatten(params)
+    del params
+    for index, leaf in enumerate(jax.tree.leaves(abstract)):
+      # One leaf at a time, so that memory never holds the model in both dtypes.
+      leaves[index] = leaves[index].astype(leaf.dtype)
+    return jax.tree.unflatten(tree, leaves)
+
+  def tokenizer_files(self) -> TokenizerFiles:
+    # `data.packing` begins every training text with BOS.
+    return tokenizer_files.read_tokenizer(self._tokenizer_folder(), begins_with_bos=True)
+
+
+class ParamsCheckpoint(_OrbaxCheckpoint):
   """A folder that `save_params` wrote."""
 
   kind = "orbax"
 
   @functools.cached_property
   def _saved(self) -> dict[str, Any]:
-    value = read_json(self.path / MODEL_FILE)
-    if value["format"] != _FORMAT:
-      raise ValueError(f"{self.path} has format {value['format']}; this version reads {_FORMAT}")
+    path = self.path / MODEL_FILE
+    value = read_json(path)
+    if value.get("format") != _FORMAT:
+      raise ValueError(f"{path} has format {value.get('format')}; this version reads {_FORMAT}")
+    for name in ("model", "checksums"):
+      if not isinstance(value.get(name), dict):
+        raise ValueError(f"{path} has {name}={value.get(name)!r}; it must be an object")
     return value
 
   @functools.cached_property
   def config(self) -> LlamaConfig:
-    return parse_config(self._saved["model"])
+    try:
+      return _parse_config(self._saved["model"])
+    except ValueError as error:
+      raise ValueError(f"{self.path / MODEL_FILE} describes no model: {error}") from error
 
   @property
   def max_positions(self) -> int:
-    return self._saved["max_positions"]
+    name = "max_positions"
+    return check_size(self.path / MODEL_FILE, name, self._saved.get(name))
 
-  def load_params(self, mesh: Mesh, config: LlamaConfig) -> Any:
-    path, saved_dtype = self.path / _PARAMS, self.config.param_dtype
-    return restore(path, mesh, config, saved_dtype, self._saved["checksums"])
-
-  def tokenizer_files(self) -> TokenizerFiles:
-    # `data.packing` begins every training text with BOS.
-    return tokenizer_files.read_tokenizer(self.path, begins_with_bos=True)
+  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+    return self.path / _PARAMS, self._saved["checksums"]
 
 
-def parse_config(value: Mapping[str, Any]) -> LlamaConfig:
-  """Reads a config from JSON; accepts the form of earlier versions."""
-  # Earlier: `unrolled` named a layout that is not stored, and null was no RoPE scaling.
+class StageCheckpoint(_OrbaxCheckpoint):
+  """The folder of a stage that trained a model, as in `runs/sbp_quick/arms/sbp`."""
+
+  kind = "stage"
+
+  def __init__(self, path: str | os.PathLike, *, step: int | None):
+    """Opens a stage; raises ArtifactError if it is unfinished or damaged."""
+    super().__init__(path)
+    self._summary = artifacts.open_artifact(self.path).summary
+    if not {"model", "step", "checksums"} <= self._summary.keys():
+      raise ValueError(f"the stage {self.path} trained no model")
+    self.step = self._summary["step"] if step is None else step
+    steps = sorted(int(p.name) for p in (self.path / _STEPS).iterdir() if p.name.isdigit())
+    if self.step not in steps:
+      raise ValueError(f"{self.path} has no checkpoint of step {self.step}; it has {steps}")
+
+  @functools.cached_property
+  def config(self) -> LlamaConfig:
+    return _parse_config({**self._summary["model"], "dropout_rate": 0.0})
+
+  @property
+  def max_positions(self) -> int:
+    """The row length that the model was trained on."""
+    config = json.loads((self.path / "config.json").read_bytes())["config"]
+    return config["seq_len"] if "seq_len" in config else config["training"]["seq_len"]
+
+  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+    folder = self.path / _STEPS / str(self.step)
+    if self.step == self._summary["step"]:
+      return folder / _PARAMS, self._summary["checksums"]
+    metadata = json.loads((folder / "checksums" / "metadata").read_bytes())
+    return folder / _PARAMS, metadata["params"]
+
+  def _tokenizer_folder(self) -> pathlib.Path:
+    for parent in self.path.resolve().parents:
+      if (parent / "tokenizer" / "manifest.json").exists():
+        return artifacts.open_artifact(parent / "tokenizer").path("tokenizer")
+    raise ValueError(f"no folder above {self.path} has a stage named tokenizer")
+
+  def _paths(self) -> Iterable[pathlib.Path]:
+    # Without the logs, which a stage appends to.
+    yield from (self.path / "config.json", self.path / "manifest.json")
+    yield from (p for p in (self.path / _STEPS / str(self.step)).rglob("*") if p.is_file())
+
+
+def _parse_config(value: Mapping[str, Any]) -> LlamaConfig:
+  # Earlier versions wrote `unrolled`, a layout that is not stored, and null for no RoPE scaling.
   kept = {k: v for k, v in value.items() if k != "unrolled" and v is not None}
   return parse(LlamaConfig, kept)
-
-
-def restore(
-  path: pathlib.Path,
-  mesh: Mesh,
-  config: LlamaConfig,
-  saved_dtype: str,
-  saved_checksums: Mapping[str, int],
-) -> Any:
-  """Restores parameters in orbax's format onto a mesh, in `config.param_dtype`.
-
-  Raises:
-    DamagedCheckpointError: they cannot be read, or are not those that were saved.
-  """
-  abstract = abstract_params(Llama(config), mesh)
-  # In the saved dtype, or the checksums would differ.
-  saved = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, saved_dtype, sharding=x.sharding), abstract
-  )
-  try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      params = checkpointer.restore(path.absolute(), saved)  # orbax refuses relative paths
-  except Exception as error:  # orbax and tensorstore raise many types for a damaged file
-    raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
-  if checksums(params) != saved_checksums:
-    raise DamagedCheckpointError(f"{path} is damaged: its checksums are not those that were saved")
-  leaves, tree = jax.tree.flatten(params)
-  del params
-  for index, leaf in enumerate(jax.tree.leaves(abstract)):
-    # One leaf at a time, so that memory never holds the model in both dtypes.
-    leaves[index] = leaves[index].astype(leaf.dtype)
-  return jax.tree.unflatten(tree, leaves)

@@ -19,7 +19,7 @@ from selfimprove_jax.pipelines.budget_forcing.stages import (
   questions,
   respond,
 )
-from selfimprove_jax.pipelines.common.checkpoints import checkpoint
+from selfimprove_jax.pipelines.common.checkpoints import checkpoint, planned_config
 from selfimprove_jax.runs.stage import Plan, Stage
 
 T = TypeVar("T")
@@ -42,16 +42,35 @@ def stages(config: Config) -> list[Stage]:
 def _responses(c: Config, name: str, arm: ArmConfig) -> Stage:
   # Only the setting: a change in how an arm is reported leaves its responses valid.
   setting = _part(SettingConfig, arm)
-  longest = arm.budget.max_tokens or c.engine.max_length
-  samples = c.questions.num_questions * max(arm.num_samples, arm.max_tries)
   return Stage(
     f"responses/{name}",
     respond,
     _part(RespondConfig, c, setting=setting),
     {"checkpoint": "checkpoint", "questions": "questions"},
-    Plan(tokens=samples * (longest + c.response.max_answer_tokens)),
+    _plan(c, arm),
     uses_devices=True,
   )
+
+
+def _plan(c: Config, arm: ArmConfig) -> Plan:
+  """Bounds what an arm samples and computes from above; most thoughts end earlier.
+
+  Each round of a thought, each try and the answer is a request that reads the prompt and the
+  thought so far, and fills a window at most. How often an end is suppressed for `min_tokens` is
+  not known before.
+  """
+  window, answer = c.engine.max_length, c.response.max_answer_tokens
+  longest = arm.budget.max_tokens or window - answer
+  if arm.max_tries:
+    tokens, requests = arm.max_tries * (longest + 1) + answer, arm.max_tries + 1
+  else:
+    tokens = arm.num_samples * min(longest + answer, window)
+    requests = arm.num_samples * (arm.budget.num_ignored + 2)
+  questions, model = c.questions.num_questions, planned_config(c.checkpoint.path)
+  flops = None
+  if model is not None and not arm.budget.min_tokens:
+    flops = questions * requests * window * model.forward_flops_per_token(window)
+  return Plan(questions * tokens, flops, is_bound=True)
 
 
 def _part(section: type[T], source: Any, **others: Any) -> T:

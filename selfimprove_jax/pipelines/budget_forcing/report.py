@@ -2,6 +2,7 @@
 
 import collections
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,53 +13,38 @@ import selfimprove_jax.pipelines.budget_forcing.pipeline as budget_forcing
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines.budget_forcing.config import Config
 from selfimprove_jax.pipelines.common import report_parts
+from selfimprove_jax.pipelines.common.report_parts import estimate
 from selfimprove_jax.reasoning import length_controls
-from selfimprove_jax.report.report import (
-  Axis,
-  Block,
-  Column,
-  Figure,
-  Grid,
-  Label,
-  Legend,
-  Line,
-  LinePlot,
-  Number,
-  Report,
-  Section,
-  Style,
-  Table,
-  Text,
-)
+from selfimprove_jax.report import blocks
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Run
 
-# Methods take them in the order in which they are shown.
+# Methods take these in the order of the report.
 _STYLES = (
-  Style("blue", "circle"),
-  Style("orange", "square"),
-  Style("green", "up"),
-  Style("pink", "down"),
-  Style("purple", "diamond"),
-  Style("rust", "circle"),
-  Style("teal", "square"),
-  Style("gray", "up"),
+  blocks.Style("blue", "circle"),
+  blocks.Style("orange", "square"),
+  blocks.Style("green", "up"),
+  blocks.Style("pink", "down"),
+  blocks.Style("purple", "diamond"),
+  blocks.Style("rust", "circle"),
+  blocks.Style("teal", "square"),
+  blocks.Style("gray", "up"),
 )
 
 
-def report(run: Run) -> Report:
+def report(run: Run) -> blocks.Report:
   """Reports a finished run, or the complete artifacts of an unfinished one.
 
-  `data` holds the keys of `report_parts.run_data` and, where the stages they need are complete:
+  `data` holds the keys of `report_parts.run_data` and, once the stages they need are complete:
     model, questions: the checkpoint; the number of questions
     methods: name -> is_control, num_runs, control, scaling, performance
     points: accuracy, thinking_tokens, ... for each arm and number of votes
-  Standard errors are over questions, of one seed.
+  Standard errors are over groups of questions, of one seed.
   """
   stages = budget_forcing.stages(run.config)
   made = report_parts.complete_artifacts(run, stages)
   data = report_parts.run_data(run, stages, made) | _results(run.config, made)
-  return Report(
+  return blocks.Report(
     title=run.config.title,
     command=run.command,
     lead=report_parts.lead(_lead(data), stages, made),
@@ -67,13 +53,13 @@ def report(run: Run) -> Report:
   )
 
 
-def result_sections(data: Mapping[str, Any]) -> tuple[Section, ...]:
-  """Returns the sections about results, without blocks where no arm is graded yet."""
+def result_sections(data: Mapping[str, Any]) -> tuple[blocks.Section, ...]:
+  """Returns the sections with results; they have no blocks until an arm is graded."""
   styles = {m: _STYLES[i % len(_STYLES)] for i, m in enumerate(data["methods"])}
   return (
-    Section("Accuracy against test-time compute", _curve_blocks(data, styles)),
-    Section("Control, Scaling, Performance", _method_blocks(data, styles), in_summary=True),
-    Section("The arms", _arm_blocks(data, styles)),
+    blocks.Section("Accuracy against test-time compute", _curve_blocks(data, styles)),
+    blocks.Section("Control, Scaling, Performance", _method_blocks(data, styles), in_summary=True),
+    blocks.Section("The arms", _arm_blocks(data, styles)),
   )
 
 
@@ -99,8 +85,11 @@ def _results(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
   # Sequential and parallel scaling first, then the other ways to control length.
   methods = sorted(settings, key=lambda method: (method in controls, method))
   points.sort(key=lambda p: (methods.index(p["method"]), p["thinking_tokens"]["value"], p["arm"]))
+  checker = "as numbers"
+  if config.grading.checker != "numbers":
+    checker = f"by math-verify {importlib.metadata.version('math-verify')}"
   data: dict[str, Any] = {
-    "checker": _checker(config.grading.checker),
+    "checker": checker,
     "methods": {m: {"is_control": m in controls, **_measures(settings[m])} for m in methods},
     "points": points,
   }
@@ -112,22 +101,20 @@ def _results(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
   return data
 
 
-def _checker(name: str) -> str:
-  if name == "numbers":
-    return "as numbers"
-  return f"by math-verify {importlib.metadata.version('math-verify')}"
-
-
 def _setting(
   grades: Sequence[Mapping[str, Any]], num_samples: int, low: int, high: int | None
 ) -> metrics.Setting:
   """Takes the majority vote of the first `num_samples` responses to each question.
 
-  A question without a kept thought counts as wrong, and its compute as the mean of the others', so
-  that the mean stays the mean over thoughts.
+  A question without a kept thought counts as wrong. Its compute is set to the mean of the others',
+  which leaves the mean over thoughts unchanged.
   """
+  by_question = collections.defaultdict(list)
+  for grade in grades:
+    if grade["sample"] < num_samples:
+      by_question[grade["question_id"]].append(grade)
   correct, tokens = [], []
-  for samples in _by_question(grades, num_samples):
+  for samples in by_question.values():
     vote = length_controls.majority_vote([sample["vote"] for sample in samples])
     correct.append(vote is not None and samples[vote.index]["correct"])
     kept = [sample for sample in samples if _is_kept(sample)]
@@ -138,6 +125,7 @@ def _setting(
   return metrics.Setting(
     np.array(correct, bool),
     tokens_Q,
+    np.array([samples[0]["group"] for samples in by_question.values()]),
     min_tokens=num_samples * low,
     max_tokens=None if high is None else num_samples * high,
   )
@@ -147,21 +135,8 @@ def _is_kept(grade: Mapping[str, Any]) -> bool:
   return grade["forced"] != "rejected" and grade["error"] is None
 
 
-def _by_question(
-  grades: Sequence[Mapping[str, Any]], num_samples: int
-) -> list[list[Mapping[str, Any]]]:
-  by_id: dict[str, list[Mapping[str, Any]]] = {}
-  for grade in grades:
-    if grade["sample"] < num_samples:
-      by_id.setdefault(grade["question_id"], []).append(grade)
-  return list(by_id.values())
-
-
 def _point(
-  setting: metrics.Setting,
-  grades: Sequence[Mapping[str, Any]],
-  num_samples: int,
-  method: str,
+  setting: metrics.Setting, grades: Sequence[Mapping[str, Any]], num_samples: int, method: str
 ) -> dict[str, Any]:
   used = [grade for grade in grades if grade["sample"] < num_samples]
   return {
@@ -173,9 +148,9 @@ def _point(
     "demanded": [setting.min_tokens, setting.max_tokens],
     "within": setting.is_within,
     "share_within": setting.share_within,
-    "forced": dict(sorted(collections.Counter(grade["forced"] for grade in used).items())),
-    "statuses": dict(sorted(collections.Counter(grade["status"] for grade in used).items())),
-    "failed": sum(grade["error"] is not None for grade in used),
+    "forced": dict(sorted(collections.Counter(g["forced"] for g in used).items())),
+    "statuses": dict(sorted(collections.Counter(g["status"] for g in used).items())),
+    "failed": sum(g["error"] is not None for g in used),
   }
 
 
@@ -196,10 +171,10 @@ def _measures(settings: Sequence[metrics.Setting]) -> dict[str, Any]:
 
 
 def _lead(data: Mapping[str, Any]) -> str:
-  """Says how accuracy changes with thinking: a direction only if the 95% interval excludes zero."""
+  """Writes how accuracy changes with thinking; a direction needs a 95% interval without zero."""
   if not data["methods"]:
     return ""
-  sentences = [f"{data['questions']:,} questions, one seed."]
+  sentences = [f"{_sample(data)}, one seed."]
   for method, found in data["methods"].items():
     if found["scaling"] is not None and not found["is_control"]:
       low, high = Estimate(**found["scaling"]).interval95
@@ -208,123 +183,109 @@ def _lead(data: Mapping[str, Any]) -> str:
   return " ".join(sentences)
 
 
-def _curve_blocks(data: Mapping[str, Any], styles: Mapping[str, Style]) -> tuple[Block, ...]:
+def _sample(data: Mapping[str, Any]) -> str:
+  """Writes what errors rest on: `200 questions in 12 groups`."""
+  num_groups = data["points"][0]["accuracy"]["num_groups"]
+  groups = "" if num_groups == data["questions"] else f" in {num_groups:,} groups"
+  return f"{data['questions']:,} questions{groups}"
+
+
+def _curve_blocks(data: Mapping[str, Any], styles: Mapping[str, blocks.Style]) -> blocks.Blocks:
   methods = data["methods"]
   if not methods:
     return ()
-  main = [method for method in methods if not methods[method]["is_control"]]
-  controls = [method for method in methods if methods[method]["is_control"]]
+  captions = {
+    False: "Sequential and parallel scaling: accuracy against thinking tokens, summed over the "
+    "samples of a question; bars are 95% over groups of questions.",
+    True: "The other ways to control length.",
+  }
   figures = []
-  if main:
-    figures.append(
-      _curve_figure(
-        data,
-        {method: styles[method] for method in main},
-        "Sequential and parallel scaling: accuracy against thinking tokens, summed over the "
-        "samples of a question; bars are 95% over questions.",
-      )
-    )
-  if controls:
-    caption = "The other ways to control length."
-    figures.append(_curve_figure(data, {method: styles[method] for method in controls}, caption))
-  labels = tuple(Label(method, style) for method, style in styles.items())
-  return (Legend(labels), Grid(tuple(figures)))
+  for is_control, caption in captions.items():
+    chosen = {m: styles[m] for m, found in methods.items() if found["is_control"] == is_control}
+    if chosen:
+      figures.append(_curve_figure(data, chosen, caption))
+  labels = tuple(blocks.Label(method, style) for method, style in styles.items())
+  return (blocks.Legend(labels), blocks.Grid(tuple(figures)))
 
 
-def _curve_figure(data: Mapping[str, Any], styles: Mapping[str, Style], caption: str) -> Figure:
-  highs = [Estimate(**point["accuracy"]).interval95[1] for point in data["points"]]
-  top = 1.05 * max(highs) or 1.0  # the same in every figure
+def _curve_figure(
+  data: Mapping[str, Any], styles: Mapping[str, blocks.Style], caption: str
+) -> blocks.Figure:
+  accuracies = [Estimate(**point["accuracy"]) for point in data["points"]]
+  halves = [accuracy.interval95[1] - accuracy.value for accuracy in accuracies]
+  halves = [half if math.isfinite(half) else 0.0 for half in halves]  # one group has no error
+  # The same top in all figures.
+  top = 1.05 * max(accuracy.value + half for accuracy, half in zip(accuracies, halves)) or 1.0
   lines = []
   for method, style in styles.items():
-    points = []
-    for point in data["points"]:
-      if point["method"] == method and point["thinking_tokens"]["value"] > 0:
-        accuracy = Estimate(**point["accuracy"])
-        half = accuracy.interval95[1] - accuracy.value
-        points.append((point["thinking_tokens"]["value"], accuracy.value, half))
+    points = sorted(
+      (point["thinking_tokens"]["value"], accuracy.value, half)
+      for point, accuracy, half in zip(data["points"], accuracies, halves)
+      if point["method"] == method and point["thinking_tokens"]["value"] > 0
+    )
     if points:
-      x, y, halves = zip(*sorted(points))
-      lines.append(Line(style, x, y, halves, markers="all"))
-  return Figure(
+      lines.append(blocks.Line(style, *zip(*points), markers="all"))
+  return blocks.Figure(
     "Accuracy against thinking tokens",
-    LinePlot(
+    blocks.LinePlot(
       tuple(lines),
-      Axis("thinking tokens per question", "short", log2=True),
-      Axis("accuracy", "percent", range=(0, top)),
+      blocks.Axis("thinking tokens per question", "short", log2=True),
+      blocks.Axis("accuracy", "percent", range=(0, top)),
     ),
     caption,
   )
 
 
-def _method_blocks(data: Mapping[str, Any], styles: Mapping[str, Style]) -> tuple[Block, ...]:
+def _method_blocks(data: Mapping[str, Any], styles: Mapping[str, blocks.Style]) -> blocks.Blocks:
   if not data["methods"]:
     return ()
-  rows = tuple(
-    (
-      Label(method, styles[method]),
-      _estimate(found["scaling"], digits=2),
-      _estimate(found["performance"]),
-      Number(found["control"], form="percent"),
-      found["num_runs"],
-    )
+  rows = [
+    {
+      "method": blocks.Label(method, styles[method]),
+      "scaling": found["scaling"] and estimate(found["scaling"], digits=2),
+      "performance": found["performance"] and estimate(found["performance"]),
+      "control": blocks.Number(found["control"], form="percent"),
+      "settings": found["num_runs"],
+    }
     for method, found in data["methods"].items()
-  )
-  columns = (
-    Column("method", is_text=True),
-    *(Column(header) for header in ("scaling", "performance", "control", "settings")),
-  )
+  ]
   return (
-    Table(columns, rows),
-    Text(
+    blocks.table(rows, text=("method",)),
+    blocks.Text(
       "Scaling: mean slope over all pairs of settings, in accuracy points per 1,000 thinking "
       f"tokens. Performance: share of the {data['questions']:,} questions answered right in the "
       "best setting, which is biased upwards by that choice. Control: share of the settings whose "
-      "mean of thinking tokens is in the demanded range. Standard errors are over questions, of "
-      "one seed."
+      "mean of thinking tokens is in the demanded range. Standard errors are over "
+      f"{_sample(data)}, of one seed."
     ),
   )
 
 
-def _estimate(found: Mapping[str, Any] | None, digits: int = 3) -> Number | None:
-  return None if found is None else Number(found["value"], found["stderr"], digits=digits)
-
-
-def _arm_blocks(data: Mapping[str, Any], styles: Mapping[str, Style]) -> tuple[Block, ...]:
+def _arm_blocks(data: Mapping[str, Any], styles: Mapping[str, blocks.Style]) -> blocks.Blocks:
   if not data["points"]:
     return ()
-  rows = tuple(
-    (
-      point["arm"],
-      _estimate(point["accuracy"]),
-      Number(point["thinking_tokens"]["value"], digits=1),
-      _demanded(*point["demanded"]),
-      Number(point["share_within"], form="percent"),
-      Label(point["method"], styles[point["method"]]),
-      point["num_samples"],
-      Number(point["sampled_tokens"], digits=1),
-      point["forced"],
-      point["statuses"],
-    )
+  rows = [
+    {
+      "arm": point["arm"],
+      "accuracy": estimate(point["accuracy"]),
+      "thinking tokens": blocks.Number(point["thinking_tokens"]["value"], digits=1),
+      "demanded": _demanded(*point["demanded"]),
+      "questions within": blocks.Number(point["share_within"], form="percent"),
+      "method": blocks.Label(point["method"], styles[point["method"]]),
+      "samples": point["num_samples"],
+      "sampled tokens": blocks.Number(point["sampled_tokens"], digits=1),
+      "ends of thoughts": point["forced"],
+      "answers": point["statuses"],
+    }
     for point in data["points"]
-  )
-  columns = (
-    Column("arm", is_text=True),
-    Column("accuracy"),
-    Column("thinking tokens"),
-    Column("demanded"),
-    Column("questions within"),
-    Column("method", is_text=True, brief=False),
-    Column("samples"),
-    Column("sampled tokens", brief=False),
-    Column("ends of thoughts", brief=False),
-    Column("answers", brief=False),
-  )
+  ]
+  page_only = ("method", "sampled tokens", "ends of thoughts", "answers")
   return (
-    Text(
+    blocks.Text(
       "Tokens are per question. Sampled tokens include answers and rejected tries. Answers were "
       f"compared {data['checker']}."
     ),
-    Table(columns, rows),
+    blocks.table(rows, text=("arm", "method"), page_only=page_only),
   )
 
 

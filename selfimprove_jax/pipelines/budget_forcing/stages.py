@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from selfimprove_jax.data.corpora import JsonlConfig, jsonl
-from selfimprove_jax.language_models import Reply, local
+from selfimprove_jax.data.corpora import JsonlConfig, read_documents
+from selfimprove_jax.language_models import Reply
 from selfimprove_jax.language_models.local import ComputeConfig, LocalModel
-from selfimprove_jax.pipelines.common.checkpoints import open_recorded
+from selfimprove_jax.pipelines.common.checkpoints import load_model
 from selfimprove_jax.reasoning import math_answers
 from selfimprove_jax.reasoning.budget_forcing import BudgetConfig, fit, think_and_answer
 from selfimprove_jax.reasoning.length_controls import ConditionConfig, think_within
@@ -44,6 +44,8 @@ class QuestionsConfig:
     path: JSON-lines file, plain, `.gz` or `.zst`.
     answer_format: "gsm8k" if the answer follows "####" in its field, "plain" if it is the field.
     id_field: None makes ids of file and line.
+    group_field: what questions that are alike share (a source, a template); standard errors are
+      over these groups. None takes all questions as independent.
     num_questions: the first ones are taken; a standard error needs at least 2.
   """
 
@@ -52,6 +54,7 @@ class QuestionsConfig:
   answer_field: str = "answer"
   answer_format: Literal["gsm8k", "plain"] = "gsm8k"
   id_field: str | None = None
+  group_field: str | None = None
   num_questions: Annotated[int, Field(ge=2)]
 
 
@@ -62,8 +65,9 @@ def questions(context: Context, config: QuestionsConfig) -> dict[str, Any]:
     ValueError: a record lacks a field or its answer lacks the mark, two questions have the same id,
       or there are fewer than 2 questions.
   """
+  source = {"paths": (config.path,), "id_field": config.id_field, "group_field": config.group_field}
   asked, right = (
-    jsonl(JsonlConfig(paths=(config.path,), text_field=field, id_field=config.id_field))
+    read_documents(JsonlConfig(text_field=field, **source))
     for field in (config.question_field, config.answer_field)
   )
   records = {}
@@ -79,8 +83,8 @@ def questions(context: Context, config: QuestionsConfig) -> dict[str, Any]:
       _, mark, gold = gold.rpartition(_GSM8K_MARK)
       if not mark:
         raise ValueError(f"the answer of {question.id!r} has no {_GSM8K_MARK!r}: {gold[-80:]!r}")
-    record = {"id": question.id, "question": question.text.strip(), "answer": gold.strip()}
-    records[question.id] = record
+    record = {"id": question.id, "group": question.group, "question": question.text.strip()}
+    records[question.id] = {**record, "answer": gold.strip()}
   if len(records) < 2:
     raise ValueError(
       f"{config.path} has {len(records)} questions; a standard error needs at least 2"
@@ -261,29 +265,6 @@ def _make_answer(
   return lambda part: method(asked[part], thinker, max_answer_tokens=max_answer_tokens)
 
 
-def load_model(
-  checkpoint: Artifact, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
-) -> LocalModel:
-  """Loads the checkpoint that the stage `checkpoint` recorded.
-
-  Stages of one process share the model: its weights are loaded and its programs compiled once.
-
-  Raises:
-    artifacts.ArtifactError: the checkpoint has changed since it was recorded.
-  """
-  opened = open_recorded(checkpoint)
-  return _load(str(opened.path), checkpoint.summary["digest"], mesh, compute, engine)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(
-  path: str, digest: str, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
-) -> LocalModel:
-  del digest  # part of the key: with other files it is another model
-  slots, length = engine.num_slots, engine.max_length
-  return local.load(path, mesh.make(), num_slots=slots, max_length=length, compute=compute)
-
-
 @section
 class GradingConfig:
   """How answers are compared with the right ones; see `math_answers`."""
@@ -298,7 +279,7 @@ class GradingConfig:
 
 def grade(context: Context, config: GradingConfig) -> dict[str, Any]:
   """Extracts the answer of each response and compares it with the right one."""
-  golds = {record["id"]: record["answer"] for record in context.inputs["questions"].records()}
+  asked = {record["id"]: record for record in context.inputs["questions"].records()}
   responses = list(context.inputs["responses"].records())
   answers = [
     math_answers.extract_answer(
@@ -306,7 +287,8 @@ def grade(context: Context, config: GradingConfig) -> dict[str, Any]:
     )
     for response in responses
   ]
-  pairs = [(golds[r["question_id"]], answer) for r, answer in zip(responses, answers, strict=True)]
+  of_responses = [asked[response["question_id"]] for response in responses]
+  pairs = [(r["answer"], answer) for r, answer in zip(of_responses, answers, strict=True)]
   grades = math_answers.grade(
     pairs,
     checker=config.checker,
@@ -318,13 +300,16 @@ def grade(context: Context, config: GradingConfig) -> dict[str, Any]:
     (
       {
         **{name: response[name] for name in _KEPT_IN_GRADES},
+        "group": question["group"],
         "num_thinking_tokens": len(response["thinking_tokens"]),
         "answer": answer,
         "vote": None if answer is None else math_answers.normalize(answer),
         "correct": found.correct,
         "status": found.status,
       }
-      for response, answer, found in zip(responses, answers, grades, strict=True)
+      for response, question, answer, found in zip(
+        responses, of_responses, answers, grades, strict=True
+      )
     ),
   )
   statuses = collections.Counter(found.status for found in grades)

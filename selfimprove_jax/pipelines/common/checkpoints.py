@@ -1,12 +1,18 @@
 """Stage that records a pretrained checkpoint, so that later stages notice when it has changed."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from selfimprove_jax.language_models import local
+from selfimprove_jax.language_models.local import ComputeConfig, LocalModel
 from selfimprove_jax.models.checkpoints import Checkpoint, open_checkpoint
+from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.runs.artifacts import Artifact, ArtifactError
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section, to_json
+from selfimprove_jax.runtime.partitioning import LocalMeshConfig
+from selfimprove_jax.sampling.engine import EngineConfig
 
 
 @section
@@ -21,23 +27,25 @@ class CheckpointConfig:
 
 
 def checkpoint(context: Context, config: CheckpointConfig) -> dict[str, Any]:
-  """Records a checkpoint; its weights stay where they are.
-
-  Raises:
-    ValueError: there is no model at the path, or none that we can run.
-  """
+  """Records a checkpoint without copying its weights; ValueError if it is none that we can run."""
   del context  # the artifact is its summary
   return describe_checkpoint(config.path, changes={})
 
 
+@functools.cache
+def planned_config(path: str) -> LlamaConfig | None:
+  """Returns the config of a checkpoint, to plan with; None if it cannot be read here and now."""
+  try:
+    return open_checkpoint(path).compute_config({})
+  except (ValueError, OSError):
+    return None
+
+
 def describe_checkpoint(path: str, *, changes: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what identifies a checkpoint, and how it is computed with.
+  """Returns a checkpoint's identity and config.
 
   Args:
     changes: fields of `LlamaConfig` to set; see `Checkpoint.compute_config`.
-
-  Raises:
-    ValueError: there is no model at the path, or `changes` sets what its weights were trained for.
   """
   opened = open_checkpoint(path)
   model_config = opened.compute_config(changes)
@@ -53,11 +61,7 @@ def describe_checkpoint(path: str, *, changes: Mapping[str, Any]) -> dict[str, A
 
 
 def open_recorded(artifact: Artifact) -> Checkpoint:
-  """Opens the checkpoint that a stage has recorded.
-
-  Raises:
-    ArtifactError: its files have changed since.
-  """
+  """Opens the checkpoint that a stage recorded; ArtifactError if its files have changed since."""
   path = artifact.summary["path"]
   opened = open_checkpoint(path)
   if opened.digest != artifact.summary["digest"]:
@@ -66,3 +70,26 @@ def open_recorded(artifact: Artifact) -> Checkpoint:
       f"them, or use another workdir"
     )
   return opened
+
+
+def load_model(
+  checkpoint: Artifact, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
+) -> LocalModel:
+  """Loads the checkpoint that the stage `checkpoint` recorded.
+
+  Stages of one process share the model: its weights are loaded and its programs compiled once.
+
+  Raises:
+    artifacts.ArtifactError: the checkpoint has changed since it was recorded.
+  """
+  opened = open_recorded(checkpoint)
+  return _load(str(opened.path), checkpoint.summary["digest"], mesh, compute, engine)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(
+  path: str, digest: str, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
+) -> LocalModel:
+  del digest  # part of the key: with other files it is another model
+  slots, length = engine.num_slots, engine.max_length
+  return local.load(path, mesh.make(), num_slots=slots, max_length=length, compute=compute)

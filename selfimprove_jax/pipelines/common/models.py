@@ -1,6 +1,5 @@
 """Stages that train a model, and what other stages need to train one or to load one."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -12,7 +11,6 @@ from selfimprove_jax.data import rows
 from selfimprove_jax.evaluation import perplexity
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
-from selfimprove_jax.pipelines.common.text import open_tokenizer
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime import config as configs
@@ -32,7 +30,7 @@ class EvaluationConfig:
 
   Attributes:
     batch_rows: rows per batch, over all devices.
-    max_validation_rows: rows scored between training steps.
+    max_validation_rows: rows scored between training steps, in turn from each group of documents.
   """
 
   batch_rows: Annotated[int, Field(ge=1)]
@@ -44,6 +42,8 @@ class PretrainConfig:
   """A training run from random parameters.
 
   Attributes:
+    total_targets: tokens to predict; padding and the first token of each document do not count, so
+      that runs on other rows learn from equally many tokens. The number of steps follows.
     mixture: share of each source of rows, by its name. "unique" and "oracle" are of the input
       `tokens`, and repeat as often as the steps need; any other source is the input of that name,
       and is not repeated.
@@ -53,7 +53,7 @@ class PretrainConfig:
   mesh: MeshConfig
   training: TrainingConfig
   seq_len: int
-  num_steps: Annotated[int, Field(ge=1)]
+  total_targets: Annotated[int, Field(ge=1)]
   mixture: dict[str, float]
   weight_decay: Annotated[float, Field(ge=0)]
   evaluation: EvaluationConfig
@@ -62,7 +62,7 @@ class PretrainConfig:
 
 @section
 class PretrainAllInConfig(PretrainConfig):
-  """A training run that is longer than `num_steps` by the cost of other stages.
+  """A training run that is longer than `total_targets` by the cost of other stages.
 
   Attributes:
     matched_inputs: inputs whose FLOPs, added up, are spent on additional steps.
@@ -73,17 +73,30 @@ class PretrainAllInConfig(PretrainConfig):
 
 def pretrain(context: Context, config: PretrainConfig) -> dict[str, Any]:
   """Trains a seed model or an arm from scratch; writes the loss of each test document."""
+  return _pretrain(context, config, more_flops=0.0)
+
+
+def pretrain_all_in(context: Context, config: PretrainAllInConfig) -> dict[str, Any]:
+  """Trains an arm for `total_targets` and for the FLOPs that `matched_inputs` cost."""
+  cost = sum(context.inputs[name].summary["flops"] for name in config.matched_inputs)
+  return _pretrain(context, config, more_flops=cost)
+
+
+def _pretrain(
+  context: Context, config: PretrainConfig, *, more_flops: float | int
+) -> dict[str, Any]:
   tokens = context.inputs["tokens"]
-
-  def open_rows(artifact: artifacts.Artifact, prefix: str) -> rows.RowSource:
-    return rows.open_rows(artifact, seq_len=config.seq_len, prefix=prefix)
-
-  components = []
+  components, targets_per_row = [], 0.0
   for name, weight in config.mixture.items():
     is_real = name in REAL
-    artifact, prefix = (tokens, f"{name}.") if is_real else (context.inputs[name], "rows.")
-    source = open_rows(artifact, prefix)
+    artifact, shard = (tokens, name) if is_real else (context.inputs[name], "rows")
+    source = rows.open_rows(artifact, seq_len=config.seq_len, prefix=f"{shard}.")
     components.append(mixtures.Component(name, source, weight, repeat=is_real))
+    counts = artifact.shards[shard + rows.SUFFIX]
+    targets_per_row += weight * counts["targets"] / counts["records"]
+  step_rows = config.training.batch_rows
+  step_flops = step_rows * config.seq_len * config.model.train_flops_per_token(config.seq_len)
+  num_steps = round(config.total_targets / (step_rows * targets_per_row))
   mesh = config.mesh.make()
   summary, params = train(
     context,
@@ -91,26 +104,23 @@ def pretrain(context: Context, config: PretrainConfig) -> dict[str, Any]:
     mesh=mesh,
     training=config.training,
     seq_len=config.seq_len,
-    num_steps=config.num_steps,
+    num_steps=max(1, num_steps + round(more_flops / step_flops)),
     components=components,
-    validation=open_rows(tokens, "validation."),
+    validation=open_held_out(tokens, config.seq_len, "validation"),
     weight_decay=config.weight_decay,
     evaluation=config.evaluation,
     seed=config.seed,
   )
-  test = open_rows(tokens, "test.")
-  found = document_losses(context, config.model, mesh, params, test, config.evaluation)
-  context.writer.write_jsonl("test.jsonl", loss_records(found))
+  if test := open_held_out(tokens, config.seq_len, "test"):
+    found = document_losses(config.model, mesh, params, test, config.evaluation)
+    context.writer.write_jsonl("test.jsonl", loss_records(found))
   return summary
 
 
-def pretrain_all_in(context: Context, config: PretrainAllInConfig) -> dict[str, Any]:
-  """Trains an arm for `num_steps` and for the FLOPs that `matched_inputs` cost."""
-  step_tokens = config.training.batch_rows * config.seq_len
-  step_flops = step_tokens * config.model.train_flops_per_token(config.seq_len)
-  cost = sum(context.inputs[name].summary["flops"] for name in config.matched_inputs)
-  num_steps = config.num_steps + round(cost / step_flops)
-  return pretrain(context, dataclasses.replace(config, num_steps=num_steps))
+def open_held_out(artifact: artifacts.Artifact, seq_len: int, name: str) -> rows.LabeledRows | None:
+  """Opens the rows of a split that was held out; None if none was."""
+  labeled = rows.open_labeled(artifact, seq_len=seq_len, name=name)
+  return labeled if len(labeled.source) else None
 
 
 def train(
@@ -122,7 +132,7 @@ def train(
   seq_len: int,
   num_steps: int,
   components: list[mixtures.Component],
-  validation: rows.RowSource,
+  validation: rows.LabeledRows | None,
   weight_decay: float,
   evaluation: EvaluationConfig,
   seed: int,
@@ -132,6 +142,7 @@ def train(
   """Runs the training loop in a stage's folder; returns the summary and the resulting parameters.
 
   Args:
+    validation: None trains without a validation loss; the summary then has None for it.
     loss: what is minimized; None for the next-token loss.
   """
   vocab_size = context.inputs["tokenizer"].summary["vocab_size"]
@@ -152,13 +163,8 @@ def train(
     process_count=process_count,
   )
   model = Llama(model_config)
-  scorer = perplexity.RowScorer(
-    model,
-    mesh,
-    validation,
-    batch_size=evaluation.batch_rows,
-    max_rows=evaluation.max_validation_rows,
-  )
+  limits = {"batch_size": evaluation.batch_rows, "max_rows": evaluation.max_validation_rows}
+  scorer = validation and perplexity.RowScorer(model, mesh, validation, **limits)
   result = loop.train(
     folder=context.folder,
     model=model,
@@ -168,15 +174,15 @@ def train(
     num_steps=num_steps,
     weight_decay=weight_decay,
     mixture=mixture,
-    evaluate=scorer.mean,
+    evaluate=scorer and scorer.mean,
     seed=seed,
     label=context.name,
     progress=context.progress,
     initial_params=initial_params,
   )
   context.writer.write_jsonl("curve.jsonl", result.curve)
-  # Step 0 is the start of the run, and never its result.
-  evaluations = [r for r in result.curve if "validation/loss" in r and r["step"] > 0]
+  evaluations = [r["validation/loss"] for r in result.curve if "validation/loss" in r] or [None]
+  targets = sum(int(r["train/tokens"]) for r in result.curve if "train/tokens" in r)
   tokens = result.steps_made * training.batch_rows * seq_len
   summary = {
     "model": configs.to_json(model_config),
@@ -185,10 +191,12 @@ def train(
     "steps_made": result.steps_made,
     "checksums": checksums(result.params),
     "tokens": tokens,
+    "targets": targets,
     "flops": tokens * model_config.train_flops_per_token(seq_len),
     "passes": mixture.passes(result.steps_made),
-    "best_validation": min(r["validation/loss"] for r in evaluations),
-    "final_validation": evaluations[-1]["validation/loss"],
+    "first_validation": evaluations[0],  # of step 0
+    "best_validation": min(evaluations),
+    "final_validation": evaluations[-1],
   }
   return summary, result.params
 
@@ -218,21 +226,26 @@ def load_model(artifact: artifacts.Artifact, mesh: Mesh) -> tuple[Llama, Any]:
 
 
 def document_losses(
-  context: Context,
   model_config: LlamaConfig,
   mesh: Mesh,
   params: Any,
-  source: rows.RowSource,
+  labeled: rows.LabeledRows,
   evaluation: EvaluationConfig,
 ) -> perplexity.DocumentLosses:
-  """Scores every document of packed rows; decodes targets with the input `tokenizer`."""
-  scorer = perplexity.RowScorer(Llama(model_config), mesh, source, batch_size=evaluation.batch_rows)
-  return scorer.documents(params, open_tokenizer(context.inputs["tokenizer"]))
+  """Scores every document of packed rows."""
+  scorer = perplexity.RowScorer(
+    Llama(model_config), mesh, labeled, batch_size=evaluation.batch_rows
+  )
+  return scorer.documents(params)
 
 
 def loss_records(found: perplexity.DocumentLosses) -> Iterator[dict[str, Any]]:
-  """Yields the loss, tokens and bytes of each document, as JSON."""
-  for nll, num_tokens, num_bytes in zip(
-    found.nll_sums.tolist(), found.token_counts.tolist(), found.byte_counts.tolist()
+  """Yields id, group, loss, tokens and bytes of each document, as JSON."""
+  for id_, group, nll, num_tokens, num_bytes in zip(
+    found.ids,
+    found.groups,
+    found.nll_sums.tolist(),
+    found.token_counts.tolist(),
+    found.byte_counts.tolist(),
   ):
-    yield {"nll": nll, "tokens": num_tokens, "bytes": num_bytes}
+    yield {"id": id_, "group": group, "nll": nll, "tokens": num_tokens, "bytes": num_bytes}

@@ -1,4 +1,6 @@
-"""Checks and cost estimates of trainings, made from a pipeline's config before anything runs."""
+"""Checks trainings and estimates their cost from a pipeline's config, before anything runs."""
+
+from collections.abc import Mapping
 
 from selfimprove_jax.data.split import SplitConfig
 from selfimprove_jax.data.tokenizer import TokenizerConfig
@@ -8,7 +10,7 @@ from selfimprove_jax.training.config import TrainingConfig
 
 
 def check_has_steps(path: str, total_tokens: int, training: TrainingConfig, seq_len: int) -> None:
-  """Refuses a token budget that is smaller than one optimizer step."""
+  """Raises ValueError if a token budget is smaller than one optimizer step."""
   step_tokens = training.batch_rows * seq_len
   if total_tokens < step_tokens:
     raise ValueError(
@@ -18,7 +20,7 @@ def check_has_steps(path: str, total_tokens: int, training: TrainingConfig, seq_
 
 
 def check_holds_out(path: str, split: SplitConfig) -> None:
-  """Refuses a split without held-out documents, which the results are measured on."""
+  """Raises ValueError if a split holds out no documents to measure results on."""
   for name in ("validation_fraction", "test_fraction"):
     if not getattr(split, name) > 0:
       raise ValueError(
@@ -27,8 +29,19 @@ def check_holds_out(path: str, split: SplitConfig) -> None:
       )
 
 
+def check_validates(path: str, split: SplitConfig, trainings: Mapping[str, TrainingConfig]) -> None:
+  """Raises ValueError if a training may stop early and there is no validation split to tell."""
+  for name, training in trainings.items():
+    for knob in ("patience", "stop_at_loss"):
+      if getattr(training, knob) is not None and not split.validation_fraction:
+        raise ValueError(
+          f"{name}.{knob}={getattr(training, knob)} needs a validation loss: set it to None, or "
+          f"{path}.validation_fraction above 0"
+        )
+
+
 def check_model(model: LlamaConfig, *, dropout_knob: str) -> None:
-  """Refuses a dropout rate in the model's section; `dropout_knob` names where it belongs."""
+  """Raises ValueError for a dropout rate in the model's section; it belongs in `dropout_knob`."""
   if model.dropout_rate:
     raise ValueError(
       f"model.dropout_rate={model.dropout_rate} must be 0: each training has a rate of its own, "
@@ -37,7 +50,7 @@ def check_model(model: LlamaConfig, *, dropout_knob: str) -> None:
 
 
 def check_vocabulary(path: str, tokenizer: TokenizerConfig, model: LlamaConfig) -> None:
-  """Refuses a new tokenizer with more ids than the model has embeddings."""
+  """Raises ValueError if a new tokenizer has more ids than the model has embeddings."""
   if tokenizer.path is None and tokenizer.vocab_size > model.vocab_size:
     raise ValueError(
       f"{path}.vocab_size={tokenizer.vocab_size} must be at most "

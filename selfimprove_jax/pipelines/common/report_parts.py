@@ -1,20 +1,12 @@
 """Parts that the reports of several pipelines share: stages, provenance, corpora, loss curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from selfimprove_jax.report import formatting
-from selfimprove_jax.report.report import (
-  Bar,
-  Column,
-  Details,
-  Facts,
-  Grid,
-  Number,
-  Section,
-  Table,
-  Text,
-)
+import numpy as np
+
+from selfimprove_jax.evaluation.statistics import Estimate
+from selfimprove_jax.report import blocks, formatting
 from selfimprove_jax.runs import artifacts, provenance
 from selfimprove_jax.runs.stage import Run, Stage
 from selfimprove_jax.runtime.config import to_json
@@ -63,57 +55,131 @@ def run_data(
   }
 
 
-def run_sections(command: str, data: Mapping[str, Any]) -> tuple[Section, ...]:
+def run_sections(command: str, data: Mapping[str, Any]) -> tuple[blocks.Section, ...]:
   """Returns the sections that show the data of `run_data`."""
   return (
-    Section("Stages", (_stages_table(data["stages"]),)),
-    Section("How this was made", _provenance(command, data)),
+    blocks.Section("Stages", (_stages_table(data["stages"]),)),
+    blocks.Section("How this was made", _provenance(command, data)),
   )
 
 
-def _stages_table(stages: Sequence[Mapping[str, Any]]) -> Table:
-  total = {key: sum(stage[key] or 0 for stage in stages) for key in ("seconds", "tokens", "flops")}
-  columns = (
-    Column("stage", is_text=True),
-    Column("", is_text=True),
-    *(Column(header) for header in ("time", "tokens", "FLOPs")),
-  )
-  return Table(
-    columns,
-    tuple(
-      (formatting.words(stage["name"]), Bar(stage["seconds"] or 0), *_costs(stage))
-      for stage in stages
-    ),
-    total=("all", "", *_costs(total)),
-  )
+def _stages_table(stages: Sequence[Mapping[str, Any]]) -> blocks.Table:
+  forms = {"seconds": "seconds", "tokens": "short", "flops": "short"}
 
+  def costs(stage: Mapping[str, Any]) -> list[blocks.Number]:
+    return [blocks.Number(stage[key], form=form) for key, form in forms.items()]
 
-def _costs(stage: Mapping[str, Any]) -> tuple[Number, ...]:
-  return (
-    Number(stage["seconds"], form="seconds"),
-    Number(stage["tokens"], form="short"),
-    Number(stage["flops"], form="short"),
+  rows = tuple(
+    (formatting.words(stage["name"]), blocks.Bar(stage["seconds"] or 0), *costs(stage))
+    for stage in stages
   )
+  columns = [blocks.Column(header, is_text=True) for header in ("stage", "")]
+  columns += [blocks.Column(header) for header in ("time", "tokens", "FLOPs")]
+  total = {key: sum(stage[key] or 0 for stage in stages) for key in forms}
+  return blocks.Table(tuple(columns), rows, total=("all", "", *costs(total)))
 
 
 def _provenance(command: str, data: Mapping[str, Any]) -> tuple[Any, ...]:
   config = tuple(formatting.flatten(data["config"]))
-  columns = (Column("field", is_text=True, code=True), Column("value", is_text=True, code=True))
-  machine = Facts({"commit": data["commit"], **data["hardware"]}, verbatim=True)
+  columns = tuple(blocks.Column(header, is_text=True, code=True) for header in ("field", "value"))
+  machine = blocks.Facts({"commit": data["commit"], **data["hardware"]}, verbatim=True)
   return (
-    *((Text(command, "code"),) if command else ()),
-    Grid((machine, Facts(data["versions"], verbatim=True))),
-    Details(f"Config ({len(config)} values)", (Table(columns, config),)),
+    *((blocks.Text(command, "code"),) if command else ()),
+    blocks.Grid((machine, blocks.Facts(data["versions"], verbatim=True))),
+    blocks.Details(f"Config ({len(config)} values)", (blocks.Table(columns, config),)),
   )
+
+
+def estimate(found: Mapping[str, Any], **options: Any) -> blocks.Number:
+  """Returns an estimate of report.json as a cell; `options` are further fields of `Number`."""
+  return blocks.Number(found["value"], found["stderr"], **options)
+
+
+def loss_plot(
+  losses: Iterable[tuple[str, blocks.Style, Mapping[str, Any]]],
+) -> blocks.PointPlot:
+  """Plots held-out losses with their 95% intervals: (label, style, estimate in nats per token)."""
+  points = []
+  for label, style, found in losses:
+    loss = Estimate(**found)
+    points.append(blocks.Point(label, style, blocks.Number(loss.value), loss.interval95))
+  axis = blocks.Axis("held-out nats per token (95% over groups of documents)")
+  return blocks.PointPlot(tuple(points), axis)
+
+
+def read_losses(artifact: artifacts.Artifact, name: str) -> dict[str, np.ndarray]:
+  """Reads the loss of each document, as `models.loss_records` writes it, one array per field."""
+  records = list(artifact.read_jsonl(name))
+  fields = ("id", "group", "nll", "tokens", "bytes")
+  return {key: np.array([r[key] for r in records]) for key in fields}
 
 
 def corpus_facts(summary: Mapping[str, Any]) -> dict[str, Any]:
   """Flattens the summary of a corpus: single values first, then `measure, split` -> value."""
+  summary = {key: value for key, value in summary.items() if key != "decontamination"}
   facts = {key: value for key, value in summary.items() if not isinstance(value, Mapping)}
   for measure, by_split in summary.items():
     if isinstance(by_split, Mapping):
       facts |= {f"{measure}, {split}": value for split, value in by_split.items()}
   return facts
+
+
+def decontamination_section(found: Mapping[str, Mapping[str, Any] | None]) -> blocks.Section:
+  """Shows the items of benchmarks that texts contain.
+
+  Args:
+    found: name of the texts -> `Findings.summary`, or None where they were not checked.
+  """
+  title = "Benchmarks in the training text"
+  parts: list[blocks.Block] = []
+  rows: list[dict[str, Any]] = []
+  worst: list[dict[str, Any]] = []
+  unchecked = [formatting.words(name) for name, result in found.items() if result is None]
+  if unchecked:
+    text = (
+      f"Nothing was checked against benchmarks ({', '.join(unchecked)}): decontamination.data_dir "
+      "names no folder of them."
+    )
+    parts.append(blocks.Text(text, "note"))
+  for name, result in found.items():
+    if result is None:
+      continue
+    done = "dropped" if result["dropped"] else "kept, but listed"
+    sentence = (
+      f"{formatting.words(name).capitalize()}: {result['contaminated']:,} of "
+      f"{result['documents']:,} documents contain an item of a benchmark and were {done}."
+    )
+    parts.append(blocks.Text(sentence))
+    for task, counts in result["tasks"].items():
+      rows.append(
+        {
+          "task": task,
+          "text": formatting.words(name),
+          "documents with items": counts["documents_hit"],
+          "items in them": counts["items_hit"],
+          "items": counts["items"],
+          "too short to check": counts["unchecked"],
+        }
+      )
+    for record in result["worst"]:
+      first = record["examples"][0]
+      worst.append(
+        {
+          "document": record["id"],
+          "text": formatting.words(name),
+          "items": record["items"],
+          "of tasks": ", ".join(f"{task} {n}" for task, n in record["tasks"].items()),
+          "the first": f"{first['task']}, {first['item']}",
+          "its words": first["words"],
+        }
+      )
+  if rows:
+    parts.append(blocks.table(rows, text=("task", "text")))
+  if worst:
+    parts.append(blocks.Text("The documents with the most items:"))
+    text_columns = ("document", "text", "of tasks", "the first", "its words")
+    parts.append(blocks.table(worst, text=text_columns, page_only=("its words",)))
+  return blocks.Section(title, tuple(parts))
 
 
 def loss_curve(

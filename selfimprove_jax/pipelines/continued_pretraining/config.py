@@ -1,18 +1,16 @@
-"""Config of continued pretraining."""
+"""Configures continued pretraining."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import SpecialTokens, TokenizerConfig
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import planning
 from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
-from selfimprove_jax.pipelines.continued_pretraining.stages import (
-  ExportConfig,
-  TuningConfig,
-)
+from selfimprove_jax.pipelines.continued_pretraining.stages import ExportConfig, TuningConfig
 from selfimprove_jax.runs.runner import RuntimeConfig
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.runtime.partitioning import MeshConfig
@@ -24,11 +22,11 @@ Count = Annotated[int, Field(ge=1)]
 
 @section
 class CheckpointInitialConfig:
-  """Start from a pretrained checkpoint, with its own tokenizer.
+  """Starts from a pretrained checkpoint, with its own tokenizer.
 
   Attributes:
     path: a Hugging Face folder, a GGUF file, or an orbax folder of `save_params`.
-    special_tokens: roles that the tokenizer does not define itself.
+    special_tokens: tokens that the tokenizer does not define itself.
   """
 
   kind: Literal["checkpoint"] = "checkpoint"
@@ -38,7 +36,7 @@ class CheckpointInitialConfig:
 
 @section
 class PretrainInitialConfig:
-  """Start from a model that is pretrained first, on the replay text, with its tokenizer."""
+  """Starts from a model and a tokenizer that are first trained on the replay text."""
 
   kind: Literal["pretrain"] = "pretrain"
   tokenizer: TokenizerConfig
@@ -55,10 +53,10 @@ InitialConfig = Annotated[
 
 @section
 class TokensConfig:
-  """Token budgets of the two corpora; see `text.RowsConfig`.
+  """Configures token budgets of the two corpora; see `text.RowsConfig`.
 
-  Each takes the first documents up to its budget, or all there are. Their order is random, so a
-  smaller budget is a random part of a larger one (the scaling curves of the paper).
+  Each corpus uses its first documents up to the budget, or all. Their order is random, so a smaller
+  budget is a random part of a larger one (the scaling curves of the paper).
   """
 
   new_text_tokens: Count
@@ -68,15 +66,17 @@ class TokensConfig:
 
 @section
 class Config:
-  """Config of the pipeline.
+  """Configures the pipeline.
 
   Attributes:
-    seed: of the trainings.
-    split_seed: of the choice of held-out documents. Runs that differ in `seed` alone are scored on
-      the same documents.
-    seq_len: tokens of a row.
+    seed: seeds the training runs.
+    split_seed: seeds the choice of held-out documents; runs that differ only in `seed` are scored
+      on the same documents.
+    new_text, replay: a corpus may be trained on whole, with `split.validation_fraction` and
+      `split.test_fraction` of 0; then nothing is measured on it.
+    decontamination: of both corpora.
     model: the model to train; a checkpoint must have its shape.
-    training: of the continued pretraining; `initial.training` is that of the pretraining.
+    training: continued pretraining; `initial.training` configures the pretraining before it.
   """
 
   pipeline: Literal["continued_pretraining"]
@@ -89,6 +89,7 @@ class Config:
   initial: InitialConfig
   new_text: CorpusConfig
   replay: CorpusConfig
+  decontamination: DecontaminationConfig = DecontaminationConfig()
   tokens: TokensConfig
   model: LlamaConfig
   training: TrainingConfig
@@ -99,12 +100,22 @@ class Config:
   def __post_init__(self) -> None:
     planning.check_model(self.model, dropout_knob="tuning.dropout_rate")
     for name, corpus in self.corpora.items():
-      planning.check_holds_out(f"{name}.split", corpus.split)
+      planning.check_validates(f"{name}.split", corpus.split, self._trainings[name])
     if isinstance(self.initial, PretrainInitialConfig):
       planning.check_vocabulary("initial.tokenizer", self.initial.tokenizer, self.model)
       planning.check_has_steps(
         "initial.total_tokens", self.initial.total_tokens, self.initial.training, self.seq_len
       )
+
+  @property
+  def _trainings(self) -> dict[str, dict[str, TrainingConfig]]:
+    """The trainings that are validated on each corpus, by their paths."""
+    initial = self.initial
+    pretraining = isinstance(initial, PretrainInitialConfig)
+    return {
+      "new_text": {"training": self.training},
+      "replay": {"initial.training": initial.training} if pretraining else {},
+    }
 
   @property
   def corpora(self) -> dict[str, CorpusConfig]:

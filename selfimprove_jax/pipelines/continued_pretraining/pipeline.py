@@ -4,17 +4,17 @@
                           replay/documents,   replay/rows
 
 The model learns the new text: in the paper, texts that are synthesized about a small corpus. Replay
-is text like that of its pretraining, mixed in to reduce forgetting. Some documents of both are held
-out and scored before and after.
+is text similar to the pretraining data, mixed in to reduce forgetting. Some documents of both are
+held out and scored before and after.
 
-The initial model is a checkpoint with its own tokenizer or, where none is at hand, a model that is
-pretrained first on the replay text. In that case the tokenizer is trained on the replay text too,
-and both stages come after its documents and rows.
+The initial model is a checkpoint with its own tokenizer, or a model that is first pretrained on the
+replay text. In that case the tokenizer is trained on the replay text too, and both stages come
+after the documents and rows of the replay.
 """
 
 import dataclasses
 
-# The module. Once the package is imported, its name `stages` is the function below.
+# The module: after the package's import, its attribute `stages` is the function below.
 import selfimprove_jax.pipelines.continued_pretraining.stages as cpt
 from selfimprove_jax.pipelines.common import models, planning, text
 from selfimprove_jax.pipelines.continued_pretraining.config import (
@@ -29,34 +29,28 @@ from selfimprove_jax.runs.stage import Plan, Stage
 def stages(config: Config) -> list[Stage]:
   """Returns the stages, each after those it reads."""
   c = config
-  documents = [
-    Stage(
-      f"{name}/documents",
-      text.documents,
-      text.DocumentsConfig(corpus=corpus, seed=c.split_seed),
-    )
-    for name, corpus in c.corpora.items()
-  ]
+  documents = []
+  for name, corpus in c.corpora.items():
+    split = text.DocumentsConfig(corpus=corpus, seed=c.split_seed)
+    documents.append(text.documents_stage(f"{name}/documents", split, c.decontamination))
   rows = [_rows(c, name) for name in CORPORA]
   if isinstance(c.initial, CheckpointInitialConfig):
     made = [*_checkpoint(c, c.initial), *documents, *rows]
   else:
-    tokenizer = Stage(
-      "tokenizer", text.tokenizer, c.initial.tokenizer, {"documents": "replay/documents"}
+    tokenizer = text.TokenizerStageConfig(
+      **vars(c.initial.tokenizer), unique_tokens=c.tokens.replay_tokens
     )
+    reads = {"documents": "replay/documents"}
+    tokenizer = Stage("tokenizer", text.tokenizer, tokenizer, reads)
     made = [*documents, tokenizer, *rows, _pretraining(c, c.initial)]
   return [*made, _tuned(c), _export(c)]
 
 
 def _checkpoint(c: Config, initial: CheckpointInitialConfig) -> list[Stage]:
+  tokenizer = cpt.TokenizerStageConfig(special_tokens=initial.special_tokens)
   return [
     Stage("initial", cpt.initial, cpt.InitialStageConfig(path=initial.path, model=c.model)),
-    Stage(
-      "tokenizer",
-      cpt.tokenizer,
-      cpt.TokenizerStageConfig(special_tokens=initial.special_tokens),
-      {"initial": "initial"},
-    ),
+    Stage("tokenizer", cpt.tokenizer, tokenizer, {"initial": "initial"}),
   ]
 
 
@@ -79,20 +73,15 @@ def _pretraining(c: Config, initial: PretrainInitialConfig) -> Stage:
     mesh=c.mesh,
     training=initial.training,
     seq_len=c.seq_len,
-    num_steps=initial.total_tokens // (initial.training.batch_rows * c.seq_len),
+    total_targets=initial.total_tokens,
     mixture={"unique": 1.0},
     weight_decay=initial.weight_decay,
     evaluation=c.evaluation,
     seed=c.seed,
   )
-  return Stage(
-    "initial",
-    models.pretrain,
-    pretraining,
-    {"tokens": "replay/rows", "tokenizer": "tokenizer"},
-    planning.training_plan(model, initial.total_tokens, c.seq_len),
-    uses_devices=True,
-  )
+  inputs = {"tokens": "replay/rows", "tokenizer": "tokenizer"}
+  plan = planning.training_plan(model, initial.total_tokens, c.seq_len)
+  return Stage("initial", models.pretrain, pretraining, inputs, plan, uses_devices=True)
 
 
 def _tuned(c: Config) -> Stage:
@@ -106,19 +95,11 @@ def _tuned(c: Config) -> Stage:
     evaluation=c.evaluation,
     seed=c.seed,
   )
+  inputs = {"initial": "initial", "tokenizer": "tokenizer"}
+  inputs |= {name: f"{name}/rows" for name in CORPORA}
   num_tokens = round(c.tuning.epochs * c.tokens.new_text_tokens)
-  return Stage(
-    "tuned",
-    cpt.tuned,
-    tuning,
-    {
-      "initial": "initial",
-      "tokenizer": "tokenizer",
-      **{name: f"{name}/rows" for name in CORPORA},
-    },
-    planning.training_plan(c.model, num_tokens, c.seq_len),
-    uses_devices=True,
-  )
+  plan = planning.training_plan(c.model, num_tokens, c.seq_len)
+  return Stage("tuned", cpt.tuned, tuning, inputs, plan, uses_devices=True)
 
 
 def _export(c: Config) -> Stage:

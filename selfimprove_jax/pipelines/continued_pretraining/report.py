@@ -9,61 +9,38 @@ import selfimprove_jax.pipelines.continued_pretraining.pipeline as continued_pre
 from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines.common import report_parts
+from selfimprove_jax.pipelines.common.report_parts import estimate
 from selfimprove_jax.pipelines.continued_pretraining.stages import CORPORA
-from selfimprove_jax.report import formatting
-from selfimprove_jax.report.report import (
-  Axis,
-  Block,
-  Column,
-  Facts,
-  Figure,
-  Grid,
-  Interval,
-  Label,
-  Legend,
-  Line,
-  LinePlot,
-  Number,
-  Point,
-  PointPlot,
-  Report,
-  Section,
-  Stack,
-  Style,
-  Table,
-  Text,
-)
+from selfimprove_jax.report import blocks, formatting
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Run
 
-_BEFORE, _AFTER = Style("silver", "hollow"), Style("blue", "square")
-_STYLES = {"before": _BEFORE, "after": _AFTER}
+_STYLES = {"before": blocks.Style("silver", "hollow"), "after": blocks.Style("blue", "square")}
 
 
-def report(run: Run) -> Report:
+def report(run: Run) -> blocks.Report:
   """Reports a finished run, or the complete artifacts of an unfinished one.
 
-  `data` holds the keys of `report_parts.run_data` and, where the stages they need are complete,
-  `documents`, `rows` and `heldout` by corpus, `tuned` (parameters, steps, tokens, FLOPs, passes)
-  and `curve`. Standard errors are over the held-out documents of one run; a document longer than a
-  row counts once per piece. They do not cover the training seed, and they are too small if the
-  documents of a group are alike.
-
-  Raises:
-    ValueError: a corpus has fewer than two held-out documents.
+  `data` holds the keys of `report_parts.run_data` and, once the stages they need are complete,
+  `documents`, `decontamination`, `rows` and `heldout` by corpus, `tuned` (parameters, steps,
+  tokens, FLOPs, passes) and `curve`. Standard errors are over the groups of held-out documents of
+  one run. They do not cover the training seed, and one group alone has none.
   """
   stages = continued_pretraining.stages(run.config)
   made = report_parts.complete_artifacts(run, stages)
   data = report_parts.run_data(run, stages, made) | _results(made)
-  sentences = [_sentence(name, found) for name, found in data.get("heldout", {}).items()]
-  return Report(
+  sentences = []
+  if "heldout" in data:
+    sentences = [_sentence(name, data["heldout"].get(name)) for name in CORPORA]
+  return blocks.Report(
     title=run.config.title,
     command=run.command,
     lead=report_parts.lead(" ".join(sentences), stages, made),
     sections=(
-      Section("Before and after", _heldout_blocks(data, made), in_summary=True),
-      Section("Training", _training_blocks(data)),
-      Section("Corpora", _corpora_blocks(data)),
+      blocks.Section("Before and after", _heldout_blocks(data, made), in_summary=True),
+      blocks.Section("Training", _training_blocks(data)),
+      blocks.Section("Corpora", _corpora_blocks(data)),
+      report_parts.decontamination_section(data["decontamination"]),
       *report_parts.run_sections(run.command, data),
     ),
     data=data,
@@ -75,46 +52,43 @@ def _results(made: Mapping[str, Artifact]) -> dict[str, Any]:
     return {name: made[f"{name}/{kind}"].summary for name in CORPORA if f"{name}/{kind}" in made}
 
   data: dict[str, Any] = {"documents": summaries("documents"), "rows": summaries("rows")}
+  data["decontamination"] = {
+    name: summary.get("decontamination") for name, summary in data["documents"].items()
+  }
   if "tuned" in made:
     tuned = made["tuned"]
     keys = ("num_parameters", "steps_made", "tokens", "flops", "passes")
     data["tuned"] = {key: tuned.summary[key] for key in keys}
-    data["heldout"] = {name: _losses(tuned, name) for name in CORPORA}
+    scored = [name for name in CORPORA if f"before-{name}.jsonl" in tuned.shards]
+    data["heldout"] = {name: _losses(tuned, name) for name in scored}
     data["curve"] = list(tuned.read_jsonl("curve.jsonl"))
   return data
 
 
 def _losses(tuned: Artifact, name: str) -> dict[str, Any]:
-  before, after = (
-    {
-      key: np.array([record[key] for record in tuned.read_jsonl(f"{when}-{name}.jsonl")])
-      for key in ("nll", "tokens", "bytes")
-    }
-    for when in _STYLES
-  )
-  if len(before["nll"]) < 2:
-    raise ValueError(
-      f"{name} has {len(before['nll'])} held-out documents, but a standard error needs at least 2; "
-      f"raise {name}.split.test_fraction in a new workdir"
-    )
-  counts, num_bytes = before["tokens"], before["bytes"]
+  before, after = (report_parts.read_losses(tuned, f"{when}-{name}.jsonl") for when in _STYLES)
+  counts, num_bytes, of = before["tokens"], before["bytes"], {"groups": before["group"]}
   return {
     "documents": len(counts),
+    "groups": len(np.unique(before["group"])),
     "tokens": int(counts.sum()),
-    "before": statistics.weighted_mean(before["nll"], counts).to_dict(),
-    "after": statistics.weighted_mean(after["nll"], counts).to_dict(),
-    "difference": statistics.paired_difference(after["nll"], before["nll"], counts).to_dict(),
-    "bits_per_byte_before": statistics.bits_per_byte(before["nll"], num_bytes).to_dict(),
-    "bits_per_byte_after": statistics.bits_per_byte(after["nll"], num_bytes).to_dict(),
+    "before": statistics.weighted_mean(before["nll"], counts, **of).to_dict(),
+    "after": statistics.weighted_mean(after["nll"], counts, **of).to_dict(),
+    "difference": statistics.paired_difference(after["nll"], before["nll"], counts, **of).to_dict(),
+    "bits_per_byte_before": statistics.bits_per_byte(before["nll"], num_bytes, **of).to_dict(),
+    "bits_per_byte_after": statistics.bits_per_byte(after["nll"], num_bytes, **of).to_dict(),
   }
 
 
-def _sentence(name: str, found: Mapping[str, Any]) -> str:
-  """Says how the loss on a corpus changed, or that the change is within the noise."""
+def _sentence(name: str, found: Mapping[str, Any] | None) -> str:
+  """Writes how the loss on a corpus changed, or why that is not known."""
+  corpus = formatting.words(name)
+  if found is None:
+    return f"Nothing of {corpus} was held out, so its loss was not measured."
   difference = Estimate(**found["difference"])
   low, high = difference.interval95
-  corpus = formatting.words(name)
-  interval = f"95% interval {formatting.interval((low, high))} over documents"
+  interval = f"95% interval {formatting.interval((low, high))} over "
+  interval += "1 group" if found["groups"] == 1 else f"{found['groups']:,} groups"
   if low <= 0 <= high:
     return (
       f"The held-out loss on {corpus} did not change measurably: "
@@ -128,95 +102,97 @@ def _sentence(name: str, found: Mapping[str, Any]) -> str:
   )
 
 
-def _heldout_blocks(data: Mapping[str, Any], made: Mapping[str, Artifact]) -> tuple[Block, ...]:
-  if "heldout" not in data:
+def _heldout_blocks(data: Mapping[str, Any], made: Mapping[str, Artifact]) -> blocks.Blocks:
+  if "tuned" not in data:
     return ()
   rows, points = [], []
   for name, found in data["heldout"].items():
-    corpus, difference = formatting.words(name), Estimate(**found["difference"])
+    corpus = formatting.words(name)
+    difference = estimate(found["difference"], signed=True)
+    interval = blocks.Interval(*Estimate(**found["difference"]).interval95)
+    points += [(f"{corpus}, {when}", style, found[when]) for when, style in _STYLES.items()]
     rows.append(
-      (
-        corpus,
-        Stack((_number(found["difference"], signed=True), Interval(*difference.interval95))),
-        *(_number(found[when]) for when in _STYLES),
-        *(_number(found[f"bits_per_byte_{when}"]) for when in _STYLES),
-        found["documents"],
-        Number(found["tokens"], form="short"),
-      )
+      {
+        "held out": corpus,
+        "after \N{MINUS SIGN} before (95%)": blocks.Stack((difference, interval)),
+        "nats/token before": estimate(found["before"]),
+        "after": estimate(found["after"]),
+        "bits/byte before": estimate(found["bits_per_byte_before"]),
+        "bits/byte after": estimate(found["bits_per_byte_after"]),
+        "documents": found["documents"],
+        "groups": found["groups"],
+        "tokens": blocks.Number(found["tokens"], form="short"),
+      }
     )
-    for when, style in _STYLES.items():
-      estimate = Estimate(**found[when])
-      points.append(Point(f"{corpus}, {when}", style, Number(estimate.value), estimate.interval95))
-  columns = (
-    Column("held out", is_text=True),
-    Column("after \N{MINUS SIGN} before (95%)"),
-    Column("nats/token before"),
-    Column("after"),
-    Column("bits/byte before", brief=False),
-    Column("after", brief=False),
-    Column("documents"),
-    Column("tokens"),
-  )
   tuned = data["tuned"]
   passes = ", ".join(
     f"{share:.2f} passes over {formatting.words(name)}" for name, share in tuned["passes"].items()
   )
-  model = ()
-  if "export" in made:
-    model = (Facts({"exported model": str(made["export"].folder / "model")}),)
+  exported = made["export"].folder / "model" if "export" in made else None
+  notes = [f"{tuned['steps_made']:,} steps, {formatting.short(tuned['tokens'])} tokens: {passes}."]
+  notes += [
+    f"{counts['repeated']:,} of {counts['documents']:,} documents of {formatting.words(name)} were "
+    "dropped, since others have the same text."
+    for name, counts in data["documents"].items()
+    if counts.get("repeated")
+  ]
+  facts = (blocks.Facts({"exported model": str(exported)}),) if exported else ()
+  if not rows:
+    return (*map(blocks.Text, notes), *facts)
   return (
-    Table(columns, tuple(rows)),
-    Text(
-      "Nats per token; negative differences are better. Standard errors are over held-out "
-      "documents of one run and one seed."
+    blocks.table(rows, text=("held out",), page_only=("bits/byte before", "bits/byte after")),
+    blocks.Text(
+      "Nats per token; negative differences are better. Standard errors are over the groups of "
+      "held-out documents of one run and one seed."
     ),
-    Text(f"{tuned['steps_made']:,} steps, {formatting.short(tuned['tokens'])} tokens: {passes}."),
-    *model,
-    Figure(
+    *map(blocks.Text, notes),
+    *facts,
+    blocks.Figure(
       "Held-out loss before and after",
-      PointPlot(tuple(points), Axis("held-out nats per token (95% over documents)")),
+      report_parts.loss_plot(points),
       "Documents vary in difficulty, which widens these intervals; the differences in the table "
       "are paired by document.",
     ),
   )
 
 
-def _number(found: Mapping[str, Any], *, signed: bool = False) -> Number:
-  return Number(found["value"], found["stderr"], signed=signed)
-
-
-def _training_blocks(data: Mapping[str, Any]) -> tuple[Block, ...]:
+def _training_blocks(data: Mapping[str, Any]) -> blocks.Blocks:
   if "tuned" not in data:
     return ()
   train, validation = report_parts.loss_curve(data["curve"])
-  styles = {"training loss": Style("silver"), "validation loss": Style("blue", "square")}
-  lines = tuple(
-    Line(style, *zip(*points), dashed=dashed, markers="none" if dashed else "last")
-    for style, points, dashed in zip(styles.values(), (train, validation), (True, False))
-    if points
-  )
-  figure = Figure(
+  styles = {
+    "training loss": blocks.Style("silver"),
+    "validation loss": blocks.Style("blue", "square"),
+  }
+  silver, blue = styles.values()
+  lines = []
+  if train:
+    lines.append(blocks.Line(silver, *zip(*train), dashed=True, markers="none"))
+  if validation:
+    lines.append(blocks.Line(blue, *zip(*validation)))
+  figure = blocks.Figure(
     "Loss of continued pretraining",
-    LinePlot(lines, Axis("steps"), Axis("nats per token")),
+    blocks.LinePlot(tuple(lines), blocks.Axis("steps"), blocks.Axis("nats per token")),
     "Training loss on the mixture (dashed) and validation loss (solid).",
   )
-  legend = Legend(tuple(Label(name, style) for name, style in styles.items()))
+  shown = dict(zip(styles, (train, validation)))
+  legend = blocks.Legend(tuple(blocks.Label(n, style) for n, style in styles.items() if shown[n]))
   tuned = data["tuned"]
   facts = {
     "parameters": tuned["num_parameters"],
     "optimizer steps": tuned["steps_made"],
     "tokens": tuned["tokens"],
-    "FLOPs": Number(tuned["flops"], form="short"),
+    "FLOPs": blocks.Number(tuned["flops"], form="short"),
   }
-  return (Grid((Section("", (legend, figure)), Facts(facts))),)
+  return (blocks.Grid((blocks.Section("", (legend, figure)), blocks.Facts(facts))),)
 
 
-def _corpora_blocks(data: Mapping[str, Any]) -> tuple[Block, ...]:
+def _corpora_blocks(data: Mapping[str, Any]) -> blocks.Blocks:
   groups = []
   for name in CORPORA:
     facts = report_parts.corpus_facts(data["documents"].get(name, {}))
     for split, counts in data["rows"].get(name, {}).items():
       facts[f"tokens, {split}"] = counts["tokens"]
     if facts:
-      groups.append(Section(formatting.words(name).capitalize(), (Facts(facts),)))
-  return (Grid(tuple(groups)),) if groups else ()
+      groups.append(blocks.Section(formatting.words(name).capitalize(), (blocks.Facts(facts),)))
+  return (blocks.Grid(tuple(groups)),) if groups else ()

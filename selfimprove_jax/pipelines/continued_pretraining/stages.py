@@ -25,11 +25,7 @@ Kind = Literal["checkpoint", "pretrain"]
 
 @section
 class InitialStageConfig:
-  """Configures `initial`.
-
-  Attributes:
-    model: the model that the run is planned with; its shape must be the checkpoint's.
-  """
+  """Configures `initial`; `model` must have the checkpoint's shape."""
 
   path: str
   model: LlamaConfig
@@ -57,7 +53,7 @@ class TokenizerStageConfig:
 
 
 def tokenizer(context: Context, config: TokenizerStageConfig) -> dict[str, Any]:
-  """Copies the checkpoint's tokenizer; its files as they are go to `original`.
+  """Converts the checkpoint's tokenizer, and copies its files unchanged to `original`.
 
   Raises:
     ValueError: the checkpoint has no tokenizer, or one with more ids than the model.
@@ -86,11 +82,11 @@ def tokenizer(context: Context, config: TokenizerStageConfig) -> dict[str, Any]:
 
 @section
 class TuningConfig:
-  """Continued pretraining of the initial model.
+  """Configures continued pretraining of the initial model.
 
   Attributes:
-    epochs: rows trained on, over the rows of new text. Replay rows count: they replace rows of new
-      text, as in the paper, so that there are `(1 - replay_share) * epochs` passes over it.
+    epochs: training rows divided by rows of new text. Replay rows count: they replace rows of new
+      text, as in the paper, which leaves `(1 - replay_share) * epochs` passes over it.
     replay_share: share of replay rows; exact and evenly spaced, drawn without replacement. The
       paper draws each row with this probability, and with replacement.
   """
@@ -103,11 +99,7 @@ class TuningConfig:
 
 @section
 class TunedStageConfig(TuningConfig):
-  """Configures `tuned`.
-
-  Attributes:
-    kind: of the input `initial`: a recorded checkpoint, or a pretrained stage.
-  """
+  """Configures `tuned`; `kind` tells whether `initial` is a checkpoint or a pretrained stage."""
 
   kind: Kind
   model: LlamaConfig
@@ -121,36 +113,37 @@ class TunedStageConfig(TuningConfig):
 def tuned(context: Context, config: TunedStageConfig) -> dict[str, Any]:
   """Trains the initial model on new text and replay; scores both corpora before and after.
 
-  Raises:
-    ArtifactError: the checkpoint's files are not those that were recorded.
+  A corpus of which nothing is held out is not scored.
   """
   mesh = config.mesh.make()
   initial_config, params = _load_initial(context, config, mesh)
   model_config = dataclasses.replace(initial_config, dropout_rate=config.dropout_rate)
 
-  def open_rows(corpus: str, part: str) -> rows.RowSource:
-    return rows.open_rows(context.inputs[corpus], seq_len=config.seq_len, prefix=f"{part}.")
+  def open_unique(corpus: str) -> rows.RowSource:
+    return rows.open_rows(context.inputs[corpus], seq_len=config.seq_len, prefix="unique.")
 
-  tokenizer = open_tokenizer(context.inputs["tokenizer"])
+  def open_held_out(corpus: str, name: str) -> rows.LabeledRows | None:
+    return models.open_held_out(context.inputs[corpus], config.seq_len, name)
+
   scorers = {
     corpus: perplexity.RowScorer(
-      Llama(model_config), mesh, open_rows(corpus, "test"), batch_size=config.evaluation.batch_rows
+      Llama(model_config), mesh, test, batch_size=config.evaluation.batch_rows
     )
     for corpus in CORPORA
+    if (test := open_held_out(corpus, "test"))
   }
 
   def score(when: str, params: Any) -> None:
     for corpus, scorer in scorers.items():
       shard = f"{when}-{corpus}.jsonl"
       if not context.writer.has(shard):
-        found = scorer.documents(params, tokenizer)
-        context.writer.write_jsonl(shard, models.loss_records(found))
+        context.writer.write_jsonl(shard, models.loss_records(scorer.documents(params)))
 
   score("before", params)
-  new_text = open_rows("new_text", "unique")
+  new_text = open_unique("new_text")
   components = [mixture.Component("new_text", new_text, 1 - config.replay_share, repeat=True)]
   if config.replay_share:
-    replay = open_rows("replay", "unique")
+    replay = open_unique("replay")
     components.append(mixture.Component("replay", replay, config.replay_share, repeat=True))
   summary, params = models.train(
     context,
@@ -160,7 +153,7 @@ def tuned(context: Context, config: TunedStageConfig) -> dict[str, Any]:
     seq_len=config.seq_len,
     num_steps=max(1, round(config.epochs * len(new_text) / config.training.batch_rows)),
     components=components,
-    validation=open_rows("new_text", "validation"),
+    validation=open_held_out("new_text", "validation"),
     weight_decay=config.weight_decay,
     evaluation=config.evaluation,
     seed=config.seed,
@@ -184,22 +177,14 @@ def _load_initial(
 
 @section
 class ExportConfig:
-  """Export of the tuned model.
-
-  Attributes:
-    dtype: of the exported weights.
-  """
+  """Configures the export of the tuned model; `dtype` is that of the exported weights."""
 
   dtype: Literal["float32", "bfloat16", "float16"]
 
 
 @section
 class ExportStageConfig(ExportConfig):
-  """Configures `export`.
-
-  Attributes:
-    seq_len: exported as the model's context length if no checkpoint tells it.
-  """
+  """Configures `export`; `seq_len` becomes the context length if no checkpoint has one."""
 
   kind: Kind
   mesh: MeshConfig

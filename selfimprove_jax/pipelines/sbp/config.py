@@ -1,10 +1,11 @@
-"""Config of synthetic bootstrapped pretraining."""
+"""Configures synthetic bootstrapped pretraining."""
 
 from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import TokenizerConfig
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import planning
@@ -52,7 +53,7 @@ Shares = dict[str, Annotated[float, Field(gt=0, le=1)]]
 
 @section
 class TokensConfig:
-  """Token budgets of the real data; see `text.RowsConfig`."""
+  """Configures token budgets of the real data; see `text.RowsConfig`."""
 
   unique_tokens: Count
   oracle_tokens: Count
@@ -62,7 +63,7 @@ class TokensConfig:
 
 @section
 class SeedPretrainingConfig:
-  """Pretraining of the seed model, which the synthesizer is tuned from."""
+  """Configures the pretraining of the seed model, from which the synthesizer is tuned."""
 
   total_tokens: Count
   mixture: Annotated[Shares, AfterValidator(_check_mixture(REAL))]
@@ -72,34 +73,39 @@ class SeedPretrainingConfig:
 
 @section
 class ArmConfig:
-  """One arm of the comparison: a model that is pretrained from scratch.
+  """Configures one arm of the comparison, a model that is pretrained from scratch.
 
   Attributes:
     label: its name in the report.
+    num_seeds: trainings, each with another seed; two or more measure the noise of the seed.
     mixture: source -> share of the training tokens.
-    all_in_of: name of another arm. Train with as many FLOPs as that arm takes all-in (its seed
-      model, embedding, tuning and sampling included), instead of on `total_tokens`.
+    all_in_of: name of another arm. Train for that arm's all-in FLOPs (which include its seed model,
+      embedding, tuning and sampling) instead of on `total_tokens`.
   """
 
   label: str
   mixture: Annotated[Shares, AfterValidator(_check_mixture((*REAL, *SYNTHETIC)))]
   weight_decay: Decay
   dropout_rate: Dropout
+  num_seeds: Count = 1
   all_in_of: str | None = None
 
 
 @section
 class Config:
-  """Config of the pipeline.
+  """Configures the pipeline.
 
   Attributes:
-    seed: of training, pairing and sampling.
-    split_seed: of the choice of held-out documents. Runs that differ in `seed` alone are scored on
-      the same documents.
+    seed: seeds training, pairing and sampling.
+    split_seed: seeds the choice of held-out documents; runs that differ only in `seed` are scored
+      on the same documents.
     seq_len: tokens of a training row.
     pair_tokens: tokens of a row of pairs, and so of the longest pair.
-    shingle_size: words of the shingles by which near-duplicate pairs and samples are found.
-    total_tokens: tokens that each arm trains on.
+    shingle_size: words per shingle in the search for near-duplicate pairs and samples.
+    total_tokens: tokens that each arm learns to predict; padding does not count.
+    draws_anew: each further training of an arm has synthesizers and samples of its own, so that the
+      measured noise includes theirs. Otherwise all trainings of an arm read the same samples.
+    decontamination: of the corpus and of the samples.
   """
 
   pipeline: Literal["sbp"]
@@ -111,8 +117,10 @@ class Config:
   pair_tokens: Count
   shingle_size: Count
   total_tokens: Count
+  draws_anew: bool = False
   mesh: MeshConfig
   corpus: CorpusConfig
+  decontamination: DecontaminationConfig = DecontaminationConfig()
   tokenizer: TokenizerConfig
   tokens: TokensConfig
   model: LlamaConfig
@@ -132,12 +140,9 @@ class Config:
     planning.check_model(self.model, dropout_knob="arms.NAME.dropout_rate")
     planning.check_vocabulary("tokenizer", self.tokenizer, self.model)
     planning.check_holds_out("corpus.split", self.corpus.split)
-    totals = {
-      "total_tokens": self.total_tokens,
-      "seed_model.total_tokens": self.seed_model.total_tokens,
-    }
-    for path, total_tokens in totals.items():
-      planning.check_has_steps(path, total_tokens, self.training, self.seq_len)
+    planning.check_has_steps("total_tokens", self.total_tokens, self.training, self.seq_len)
+    seed_tokens = self.seed_model.total_tokens
+    planning.check_has_steps("seed_model.total_tokens", seed_tokens, self.training, self.seq_len)
     self._check_tokens()
     self._check_arms()
 
@@ -163,15 +168,15 @@ class Config:
   def _check_arms(self) -> None:
     if "baseline" not in self.arms:
       raise ValueError("arms: there is no arm `baseline`, which the others are compared with")
-    for name, arm in self.arms.items():
-      others = [other for other in self.arms if other != name]
-      if arm.all_in_of is not None and arm.all_in_of not in others:
+    all_in = {name: arm.all_in_of for name, arm in self.arms.items() if arm.all_in_of is not None}
+    for name, other in all_in.items():
+      others = [arm for arm in self.arms if arm != name]
+      if other not in others:
         raise ValueError(
-          f"arms.{name}.all_in_of={arm.all_in_of!r} must be another arm"
-          f"{choices(arm.all_in_of, others)}"
+          f"arms.{name}.all_in_of={other!r} must be another arm{choices(other, others)}"
         )
-    for name, arm in self.arms.items():
-      if arm.all_in_of is not None and self.arms[arm.all_in_of].all_in_of is not None:
+    for name, other in all_in.items():
+      if other in all_in:
         raise ValueError(
-          f"arms.{name}.all_in_of={arm.all_in_of!r} must be an arm that trains on `total_tokens`"
+          f"arms.{name}.all_in_of={other!r} must be an arm that trains on `total_tokens`"
         )

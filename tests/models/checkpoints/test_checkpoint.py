@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,12 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.data import tokenizer as tokenizers
-from selfimprove_jax.models.checkpoints import hf_export, open_checkpoint, params_checkpoint
+from selfimprove_jax.models.checkpoints import (
+  hf_export,
+  open_checkpoint,
+  params_checkpoint,
+  tokenizer_files,
+)
 from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params, init_params
 from selfimprove_jax.runtime import partitioning
 
@@ -148,3 +155,63 @@ def test_an_orbax_folder_of_an_earlier_version_is_read(saved, tmp_path):
   value["model"] |= {"unrolled": False, "rope_scaling": None}
   (tmp_path / "model.json").write_text(json.dumps(value))
   assert open_checkpoint(tmp_path).config == CONFIG
+
+
+_ASKED = """
+import sys
+import transformers
+from selfimprove_jax.data import tokenizer
+from selfimprove_jax.models.checkpoints import tokenizer_files
+import pathlib
+folder = pathlib.Path(sys.argv[1])
+for bos in (None, False):
+  try:
+    if bos is None:
+      tokenizer.load_tokenizer(folder)
+    else:
+      tokenizer_files.read_tokenizer(folder, begins_with_bos=bos)
+  except ValueError as error:
+    print("refused:", str(error)[:60])
+"""
+
+
+def test_a_folder_s_own_code_is_not_run_even_if_standard_input_says_yes(
+  tmp_path, subprocess_options
+):
+  mark = tmp_path / "was_run"
+  folder = tmp_path / "model"
+  folder.mkdir()
+  (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\nclass Config: pass\n")
+  auto = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Config"}
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"tokenizer_class": "Own", "auto_map": auto})
+  )
+  (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+  (folder / "vocab.json").write_text("{}")
+  found = subprocess.run(
+    [sys.executable, "-c", _ASKED, folder],
+    input="y\n" * 9,
+    capture_output=True,
+    **subprocess_options,
+  )
+  assert found.returncode == 0, found.stderr
+  assert found.stdout.count("refused:") == 2, found.stdout
+  assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("tokenizer.json", "garbage"),
+    ("tokenizer.json", "[" * 100_000),
+    ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"eos_token": 3, "tokenizer_class": "PreTrainedTokenizerFast"}'),
+  ],
+)
+def test_a_damaged_tokenizer_is_refused_with_its_folder(name, text, tmp_path):
+  tokenizers.train_bpe(["a b"], vocab_size=262).save(tmp_path)
+  (tmp_path / name).write_text(text)
+  with pytest.raises(ValueError, match=f"the tokenizer of {tmp_path} can't be read"):
+    tokenizer_files.read_tokenizer(tmp_path, begins_with_bos=False)
+  with pytest.raises(ValueError, match=f"tokenizer '{tmp_path}' can't be read"):
+    tokenizers.load_tokenizer(tmp_path)

@@ -1,5 +1,7 @@
 """Tiny GGUF files, written here, against transformers' own reader."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,72 +13,7 @@ from selfimprove_jax.models.llama import Llama, RopeScaling, rope_frequencies
 from selfimprove_jax.runtime import partitioning
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
-
-V, D, F, N, K, LAYERS = 64, 64, 96, 4, 2, 2
-# transformers passes over the head width of a file: it takes D / N, and 128 for Qwen3.
-HEAD_DIMS = {"llama": 16, "qwen2": 16, "qwen3": 128, "gemma3": 16}
-
-
-def _tensors(arch, tied):
-  """Name -> values, in llama.cpp's names and torch's order of axes."""
-  r, H = np.random.default_rng(0), HEAD_DIMS[arch]
-
-  def normal(*shape):
-    return (0.3 * r.normal(size=shape)).astype(np.float32)
-
-  tensors = {"token_embd.weight": normal(V, D), "output_norm.weight": 1 + normal(D)}
-  if not tied:
-    tensors["output.weight"] = normal(V, D)
-  for layer in range(LAYERS):
-    parts = {
-      "attn_norm.weight": 1 + normal(D),
-      "attn_q.weight": normal(N * H, D),
-      "attn_k.weight": normal(K * H, D),
-      "attn_v.weight": normal(K * H, D),
-      "attn_output.weight": normal(D, N * H),
-      "ffn_norm.weight": 1 + normal(D),
-      "ffn_gate.weight": normal(F, D),
-      "ffn_up.weight": normal(F, D),
-      "ffn_down.weight": normal(D, F),
-    }
-    if arch == "qwen2":
-      parts |= {f"attn_{x}.bias": normal(n * H) for x, n in (("q", N), ("k", K), ("v", K))}
-    if arch == "qwen3":
-      parts |= {f"attn_{x}_norm.weight": 1 + normal(H) for x in "qk"}
-    tensors |= {f"blk.{layer}.{name}": value for name, value in parts.items()}
-  return tensors
-
-
-def _write(path, arch, tensors, *, quantization="F32", **metadata):
-  """A GGUF file whose matrices are in a quantization; its values are those that it stores."""
-  kind = gguf.GGMLQuantizationType[quantization]
-  writer = gguf.GGUFWriter(path, arch)
-  writer.add_block_count(LAYERS)
-  writer.add_context_length(256)
-  writer.add_embedding_length(D)
-  writer.add_feed_forward_length(F)
-  writer.add_head_count(N)
-  writer.add_head_count_kv(K)
-  writer.add_key_length(HEAD_DIMS[arch])
-  writer.add_rope_freq_base(50_000.0)
-  writer.add_layer_norm_rms_eps(1e-5)
-  writer.add_vocab_size(V)
-  for key, value in metadata.items():
-    getattr(writer, f"add_{key}")(value)
-  stored = {}
-  for name, value in tensors.items():
-    if value.ndim == 2:
-      data = gguf.quantize(value, kind)
-      writer.add_tensor(name, data, raw_dtype=kind)
-      stored[name] = gguf.dequantize(data, kind)
-    else:
-      writer.add_tensor(name, value)
-      stored[name] = value
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return stored
+from tests.models.checkpoints.gguf_files import D, K, N, V, tensors_of, write  # noqa: E402
 
 
 def _load(path, mesh, **changes):
@@ -100,7 +37,7 @@ def test_logits_are_those_of_transformers_on_the_same_file(
   import transformers
 
   path = tmp_path / "model.gguf"
-  _write(path, arch, _tensors(arch, tied), quantization=quantization)
+  write(path, arch, tensors_of(arch, tied), quantization=quantization)
   config, params = _load(path, one_device_mesh)
   assert (config.tie_embeddings, config.norm_eps, config.rope_theta) == (tied, 1e-5, 5e4)
   model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -116,8 +53,8 @@ def test_logits_are_those_of_transformers_on_the_same_file(
 
 @pytest.mark.parametrize("quantization", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
 def test_every_supported_type_is_dequantized_onto_a_mesh(quantization, tmp_path):
-  stored = _write(
-    tmp_path / "model.gguf", "qwen2", _tensors("qwen2", True), quantization=quantization
+  stored = write(
+    tmp_path / "model.gguf", "qwen2", tensors_of("qwen2", True), quantization=quantization
   )
   mesh = partitioning.make_mesh(data=1, fsdp=4, tensor=2)
   _, params = _load(tmp_path / "model.gguf", mesh, param_dtype="bfloat16")
@@ -134,11 +71,11 @@ def test_llama_3_1_s_rope_scaling_is_recognized_from_its_factors(tmp_path):
   scaling = RopeScaling(factor=32.0)
   factors = rope_frequencies(16, 5e4, RopeScaling()) / rope_frequencies(16, 5e4, scaling)
   assert factors.max() == pytest.approx(32) and factors.min() == pytest.approx(1)
-  tensors = _tensors("llama", True)
-  _write(tmp_path / "a.gguf", "llama", {**tensors, "rope_freqs.weight": factors})
+  tensors = tensors_of("llama", True)
+  write(tmp_path / "a.gguf", "llama", {**tensors, "rope_freqs.weight": factors})
   assert open_checkpoint(tmp_path / "a.gguf").config.rope_scaling == scaling
   factors[1] *= 2
-  _write(tmp_path / "b.gguf", "llama", {**tensors, "rope_freqs.weight": factors})
+  write(tmp_path / "b.gguf", "llama", {**tensors, "rope_freqs.weight": factors})
   with pytest.raises(ValueError, match=r"rope_freqs\.weight that is not Llama 3\.1's"):
     _ = open_checkpoint(tmp_path / "b.gguf").config
 
@@ -151,12 +88,46 @@ def test_llama_3_1_s_rope_scaling_is_recognized_from_its_factors(tmp_path):
     ("llama", {"rope_dimension_count": 8}, r"rope\.dimension_count=8; supported is 16"),
     ("qwen2", {"sliding_window": 128}, r"attention\.sliding_window=128"),
     ("qwen3", {"rope_scaling_type": gguf.RopeScalingType.YARN}, r"rope\.scaling\.type='yarn'"),
+    (
+      "llama",
+      {"rope_scaling_factor": 4.0},
+      r"rope\.scaling\.factor=4\.0; supported is 0\.0 or 1\.0",
+    ),
+    ("llama", {"rope.scale_linear": 2.0}, r"llama\.rope\.scale_linear=2\.0"),
+    ("llama", {"attention.scale": 0.5}, r"attention\.scale=0\.5; supported is 0\.0"),
+    ("llama", {"logit_scale": 0.0625}, r"logit_scale=0\.0625"),
+    ("llama", {"final_logit_softcapping": 30.0}, r"final_logit_softcapping=30\.0"),
+    ("llama", {"value_length": 8}, r"value_length=8; supported is 16"),
+    ("llama", {"swin_norm": 1}, r"llama\.swin_norm=True, which may change what the model computes"),
+    ("llama", {"head_count": [4, 4]}, r"no model: llama\.attention\.head_count=\[4, 4\]: must be"),
+    ("llama", {"kv_heads": [2, 2]}, r"head_count_kv=\[2, 2\]: must be"),
+    (
+      "llama",
+      {"kv_heads": 3},
+      "head_count=4 must be a multiple of llama.attention.head_count_kv=3",
+    ),
+    ("llama", {"context_length": 0}, "context_length=0; it must be a positive integer"),
   ],
 )
 def test_what_our_model_does_not_compute_is_refused_by_name(arch, metadata, message, tmp_path):
-  _write(tmp_path / "model.gguf", arch, _tensors(arch, True), **metadata)
+  write(tmp_path / "model.gguf", arch, tensors_of(arch, True), **metadata)
+  checkpoint = open_checkpoint(tmp_path / "model.gguf")
   with pytest.raises(ValueError, match=message):
-    _ = open_checkpoint(tmp_path / "model.gguf").config
+    _ = (checkpoint.config, checkpoint.max_positions)
+
+
+def test_a_file_without_head_count_kv_has_as_many_as_heads(tmp_path):
+  write(tmp_path / "model.gguf", "llama", tensors_of("llama", True), kv_heads=None)
+  assert open_checkpoint(tmp_path / "model.gguf").config.num_kv_heads == N
+
+
+def test_keys_that_leave_the_model_as_it_is_are_harmless(tmp_path):
+  none = {"rope.scaling.factor": 1.0, "expert_count": 0, "logit_scale": 1.0, "value_length": 16}
+  tensors = tensors_of("llama", True)
+  write(tmp_path / "a.gguf", "llama", tensors)
+  write(tmp_path / "b.gguf", "llama", tensors, **none, tensor_data_layout="Meta AI original pth")
+  a, b = (open_checkpoint(tmp_path / name).config for name in ("a.gguf", "b.gguf"))
+  assert a == b
 
 
 @pytest.mark.parametrize(
@@ -171,17 +142,38 @@ def test_what_our_model_does_not_compute_is_refused_by_name(arch, metadata, mess
   ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(change, message, tmp_path, one_device_mesh):
-  tensors = _tensors("llama", True) | change
+  tensors = tensors_of("llama", True) | change
   tensors = {name: value for name, value in tensors.items() if value is not None}
-  _write(tmp_path / "model.gguf", "llama", tensors)
+  write(tmp_path / "model.gguf", "llama", tensors)
   with pytest.raises(ValueError, match=message):
     _load(tmp_path / "model.gguf", one_device_mesh)
 
 
 def test_another_quantization_and_a_file_that_is_no_gguf_are_refused(tmp_path, one_device_mesh):
-  _write(tmp_path / "model.gguf", "llama", _tensors("llama", True), quantization="Q5_0")
+  write(tmp_path / "model.gguf", "llama", tensors_of("llama", True), quantization="Q5_0")
   with pytest.raises(ValueError, match=r"token_embd\.weight in Q5_0; supported are"):
     _load(tmp_path / "model.gguf", one_device_mesh)
   (tmp_path / "other.gguf").write_bytes(b"no model" * 9)
-  with pytest.raises(ValueError, match=r"other\.gguf is not a whole GGUF file"):
+  with pytest.raises(
+    ValueError, match=r"other\.gguf is not a whole GGUF file: it begins with b'no m"
+  ):
     _ = open_checkpoint(tmp_path / "other.gguf").config
+
+
+def test_a_config_that_claims_a_billion_layers_is_refused_at_once(tmp_path, one_device_mesh):
+  write(tmp_path / "model.gguf", "llama", tensors_of("llama", True), block_count=10**9)
+  with pytest.raises(ValueError, match=r"lacks layers: it holds tensors of 2, .* has 1000000000"):
+    _load(tmp_path / "model.gguf", one_device_mesh)
+
+
+def test_a_file_cut_anywhere_is_named(tmp_path):
+  path = tmp_path / "model.gguf"
+  write(path, "llama", tensors_of("llama", True), quantization="Q8_0")
+  whole, reader = path.read_bytes(), gguf.GGUFReader(path)
+  last = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+  del reader  # it maps the file
+  for length in [*range(0, 1500, 7), *range(1500, last, 1999), last - 1]:
+    path.write_bytes(whole[:length])
+    os.utime(path, ns=(length, length))  # a file that was replaced within a tick of the clock
+    with pytest.raises(ValueError, match=r"model\.gguf is not a whole GGUF file: "):
+      _ = open_checkpoint(path).config

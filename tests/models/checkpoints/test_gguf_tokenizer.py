@@ -158,6 +158,12 @@ def test_texts_begin_with_bos_where_the_file_or_the_family_says_so(pre, flag, ad
     ({"tokens": []}, "has no tokenizer: tokenizer.ggml.tokens is missing"),
     ({"merges": ["q qqq"]}, "the merges of model.gguf do not fit its vocabulary"),
     ({"model": "llama", "merges": None}, "neither tokenizer.ggml.merges nor"),
+    ({"tokens": [1, 2]}, "tokens=[1, 2]; it must be a list of str"),
+    ({"tokens": "abc"}, "tokens=abc; it must be a list of str"),
+    ({"merges": ["a b", 3]}, "it must be a list of str"),
+    ({"add_bos_token": 1}, "add_bos_token=1; it must be bool"),
+    ({"eos_token_id": 10**6}, "eos_token_id=1000000, and 363 tokens"),
+    ({"pre": ["gpt-2"]}, "pre=['gpt-2']; it must be str"),
   ],
 )
 def test_what_can_not_be_built_is_refused_by_name(change, message, byte_level):

@@ -205,3 +205,32 @@ def test_missing_and_damaged_files_are_named(damaged, hf_model, tmp_path, one_de
   (folder / "shards" / files[1]).unlink()
   with pytest.raises(ValueError, match=files[1]):
     _load(folder / "shards", one_device_mesh)
+
+
+def test_a_config_that_claims_a_billion_layers_is_refused_at_once(damaged, one_device_mesh):
+  folder, _, read = damaged
+  config = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+  with pytest.raises(ValueError, match=r"lacks layers: it holds tensors of 3, .* has 1000000000"):
+    read(one_device_mesh)
+
+
+@pytest.mark.parametrize(
+  ("index", "message"),
+  [
+    ({}, "has no weight_map"),
+    ({"weight_map": []}, "has no weight_map"),
+    ({"weight_map": {"a": "../model.safetensors"}}, r"puts a into '../model\.safetensors'"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "puts a into '/etc/passwd', which is no file of its"),
+    ({"weight_map": {"a": 3}}, "puts a into 3"),
+    ({"weight_map": {"a": "."}}, r"puts a into '\.'"),
+    ({"weight_map": {"a": "folder"}}, "folder is damaged"),
+    ({"weight_map": {"a": "model.safetensors"}}, "does not fit its files"),
+  ],
+)
+def test_an_index_names_files_of_its_folder(index, message, damaged, one_device_mesh):
+  folder, _, read = damaged
+  (folder / "folder").mkdir()
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=message):
+    read(one_device_mesh)

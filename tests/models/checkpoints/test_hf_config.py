@@ -102,8 +102,8 @@ def test_both_ways_to_write_rope_are_the_same(read):
 @pytest.mark.parametrize(
   ("base", "change", "message"),
   [
-    (LLAMA, {"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM'; supported are"),
-    (LLAMA, {"architectures": None}, "architectures=''; supported are"),
+    (LLAMA, {"architectures": ["MistralForCausalLM"]}, r"'MistralForCausalLM'\]; supported are"),
+    (LLAMA, {"architectures": None}, r"architectures=\[\]; supported are"),
     (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     (LLAMA, {"attention_bias": True}, "attention_bias=True"),
     (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
@@ -112,7 +112,18 @@ def test_both_ways_to_write_rope_are_the_same(read):
     (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
     (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "without low_freq_factor"),
+    (LLAMA, {"rope_scaling": {"factor": 4.0}}, r"factor=4\.0 for RoPE of the type 'default'"),
+    (LLAMA, {"rope_scaling": "linear"}, "rope_scaling='linear'; it must be an object"),
     (LLAMA, {"quantization_config": {"quant_method": "fp8"}}, "quant_method 'fp8'"),
+    (LLAMA, {"model_type": "mistral"}, "model_type='mistral'; supported is 'llama'"),
+    (LLAMA, {"residual_multiplier": 0.22}, r"residual_multiplier=0\.22; supported is 1\.0"),
+    (
+      LLAMA,
+      {"final_logit_softcapping": 30.0},
+      r"softcapping=30\.0; supported is a file without it",
+    ),
+    (LLAMA, {"num_local_experts": 8}, "num_local_experts=8; supported is False"),
+    (LLAMA, {"auto_map": {"AutoModelForCausalLM": "m.Own"}}, "AutoModelForCausalLM .auto_map."),
     (QWEN2, {"use_sliding_window": True}, "use_sliding_window=True"),
     (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, r"\['sliding_attention'\]"),
   ],
@@ -120,6 +131,34 @@ def test_both_ways_to_write_rope_are_the_same(read):
 def test_what_our_model_does_not_compute_is_refused_by_name(base, change, message, read):
   with pytest.raises(ValueError, match=message):
     read({**base, **change})
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'; supported are"),
+    ({"num_hidden_layers": "two"}, "no model: num_hidden_layers='two': must be a valid integer"),
+    ({"hidden_size": -1}, "no model: hidden_size=-1: must be greater than or equal to 1"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0"),
+    (
+      {"num_key_value_heads": 7},
+      "num_attention_heads=32 must be a multiple of num_key_value_heads=7",
+    ),
+    ({"rope_theta": [1]}, "rope_theta"),
+    ({"layer_types": 3}, "layer_types 3; supported is 'full_attention'"),
+    ({"rope_scaling": LLAMA["rope_scaling"] | {"factor": "8"}}, "factor='8'"),
+  ],
+)
+def test_a_value_that_describes_no_model_is_refused_with_the_file(change, message, read):
+  with pytest.raises(ValueError, match=rf"config\.json (describes|has) .*{message}"):
+    read({**LLAMA, **change})
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, '["LlamaForCausalLM"]', "\x00", "1" * 5000])
+def test_a_config_that_is_no_object_is_named(text, tmp_path):
+  (tmp_path / "config.json").write_text(text)
+  with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds)"):
+    hf_config.read_config(tmp_path)
 
 
 def test_a_missing_and_a_broken_config_are_named(tmp_path):

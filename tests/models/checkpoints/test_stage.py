@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.data import tokenizer as tokenizers
+from selfimprove_jax.language_models import ScoreRequest, TextRequest, local
 from selfimprove_jax.models.checkpoints import open_checkpoint
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params, init_params
@@ -18,9 +19,10 @@ from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.runtime.config import to_json
 from selfimprove_jax.training.checkpoint import Checkpoints
 from selfimprove_jax.training.train_step import TrainState
+from tests.runs import toy
 
 CONFIG = LlamaConfig(
-  vocab_size=64,
+  vocab_size=264,
   num_layers=1,
   embed_dim=16,
   mlp_dim=16,
@@ -105,11 +107,28 @@ def test_what_is_no_trained_stage_is_refused(run, tmp_path):
 def test_parameters_that_are_not_those_of_the_manifest_are_refused(run, one_device_mesh):
   manifest = run[0] / "arms" / "a" / "manifest.json"
   whole = manifest.read_text()
-  value = json.loads(whole)
-  value["summary"]["checksums"]["['embedding_VD']"] ^= 1
-  manifest.write_text(json.dumps(value))
+  summary = json.loads(whole)["summary"]
+  summary["checksums"]["['embedding_VD']"] ^= 1
+  toy.write_summary(manifest.parent, summary)
   try:
     with pytest.raises(DamagedCheckpointError, match="checksums are not those that were saved"):
       open_checkpoint(manifest.parent).load_params(one_device_mesh, CONFIG)
   finally:
     manifest.write_text(whole)
+
+
+def test_a_trained_stage_generates_chooses_scores_and_chats_as_it_is(run):
+  folder, _ = run
+  model = local.load(folder / "arms" / "a", chat_template="plain")
+  messages = [{"role": "user", "content": "some"}]
+  requests = [
+    TextRequest(prompt="some", max_tokens=4),
+    TextRequest(prompt=messages, max_tokens=4),
+    TextRequest(prompt="some", max_tokens=4, choices=["words", "word"]),
+  ]
+  replies = list(model.generate(requests))
+  assert [reply.error for reply in replies] == [None] * 3
+  assert replies[2].text in ("words", "word")
+  [score] = model.score([ScoreRequest(context="some", continuation=" words")])
+  assert score.logprob < 0
+  assert (model.name, model.max_length) == ("a", 48)

@@ -23,6 +23,14 @@ _CHAT = (
   "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
   "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The page's smoke run has one setting of each method; the tests count and compare several.
+_SMOKE = dict(
+  config_page._SIZES["smoke"],
+  num_questions=4,
+  response=dict(max_answer_tokens=4, questions_per_shard=2),
+  engine=dict(num_slots=4, max_length=256),
+  arms=dict(maxima=(4, 8), ignored=(1,), samples=2, tries=2, steps=(1,)),
+)
 QUESTIONS = [
   ("How many legs have two cats?", "Four and four.\n#### 8"),
   ("What is 600 and 600? <|im_end|>", "#### 1,200"),
@@ -76,17 +84,25 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def values(checkpoint, tmp_path_factory) -> dict[str, Any]:
+def smoke_page() -> dict[str, Any]:
+  """The page of the smoke run with several settings of each method, as JSON values."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(config_page._SIZES, "smoke", _SMOKE)
+    values = config_page.get_config("smoke").copy_and_resolve_references().to_dict()
+  return json.loads(json.dumps(values))
+
+
+@pytest.fixture(scope="session")
+def values(smoke_page, checkpoint, tmp_path_factory) -> dict[str, Any]:
   """The page of the smoke run as JSON values, on this checkpoint and these questions."""
   path = tmp_path_factory.mktemp("questions") / "questions.jsonl.gz"
   with gzip.open(path, "wt") as file:
     for question, answer in QUESTIONS:
       file.write(json.dumps({"question": question, "answer": answer}) + "\n")
-  page = config_page.get_config("smoke").copy_and_resolve_references()
-  page.checkpoint.path = str(checkpoint)
-  page.questions.path = str(path)
-  page.engine.max_length = 256
-  return json.loads(json.dumps(page.to_dict()))
+  return smoke_page | {
+    "checkpoint": smoke_page["checkpoint"] | {"path": str(checkpoint)},
+    "questions": smoke_page["questions"] | {"path": str(path)},
+  }
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from selfimprove_jax.pipelines.budget_forcing.metrics import Setting
 
 def _setting(accuracy, tokens, *, num_questions=1000, **bounds):
   correct = np.arange(num_questions) < round(accuracy * num_questions)
-  return Setting(correct, np.full(num_questions, tokens), **bounds)
+  return Setting(correct, np.full(num_questions, tokens), np.arange(num_questions), **bounds)
 
 
 def _scaling(settings):
@@ -43,9 +43,11 @@ def test_settings_of_equal_compute_count_as_one_with_their_mean_accuracy():
 def test_the_error_of_the_scaling_is_paired_by_question():
   rng = np.random.default_rng(0)
   hard = rng.random(400) < 0.5
-  settings = [Setting(hard, np.full(400, 100)), Setting(hard, np.full(400, 200))]
+  settings = [Setting(hard, np.full(400, n), np.arange(400)) for n in (100, 200)]
   assert _scaling(settings).stderr == pytest.approx(0)
-  independent = [Setting(rng.random(400) < 0.5, np.full(400, n)) for n in (100, 200)]
+  independent = [
+    Setting(rng.random(400) < 0.5, np.full(400, n), np.arange(400)) for n in (100, 200)
+  ]
   expected = np.hypot(*(setting.accuracy.stderr for setting in independent)) * 100 / 0.1
   assert _scaling(independent).stderr == pytest.approx(expected, rel=0.1)
 
@@ -58,7 +60,11 @@ def test_control_with_one_outlier_of_five_is_four_fifths():
 
 def test_the_compute_of_a_setting_is_the_mean_over_its_questions():
   setting = Setting(
-    np.array([True, False, True]), np.array([10, 20, 90]), min_tokens=15, max_tokens=40
+    np.array([True, False, True]),
+    np.array([10, 20, 90]),
+    np.arange(3),
+    min_tokens=15,
+    max_tokens=40,
   )
   assert setting.thinking_tokens.value == 40
   assert setting.is_within
@@ -77,3 +83,12 @@ def test_settings_with_other_questions_are_not_compared():
     _scaling([_setting(0.5, 1, num_questions=10), _setting(0.5, 2, num_questions=20)])
   with pytest.raises(ValueError, match="there are no settings"):
     metrics.control([])
+
+
+def test_questions_of_one_group_count_as_one_in_the_errors():
+  correct, tokens = np.repeat([True, False, True, False], 5), np.arange(20)
+  alike = Setting(correct, tokens, np.repeat(["a", "b", "c", "d"], 5)).accuracy
+  apart = Setting(correct, tokens, np.arange(20)).accuracy
+  assert (alike.num_groups, alike.value) == (4, apart.value)
+  assert alike.stderr == pytest.approx(np.std([1, 0, 1, 0], ddof=1) / 2)
+  assert alike.stderr > 2 * apart.stderr

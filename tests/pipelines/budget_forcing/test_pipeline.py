@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines import budget_forcing
 from selfimprove_jax.pipelines.budget_forcing.stages import (
   PromptConfig,
@@ -14,9 +15,11 @@ from selfimprove_jax.pipelines.budget_forcing.stages import (
 )
 from selfimprove_jax.reasoning.length_controls import ConditionConfig
 from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runs.stage import run_stage
 from selfimprove_jax.runtime import preemption
 from selfimprove_jax.runtime.config import parse
 from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.runtime.progress import Progress
 
 _NUM_QUESTIONS = 3
 
@@ -37,6 +40,32 @@ def _records(finished, name):
 
 def test_right_answers_are_read_in_their_format(finished):
   assert [record["answer"] for record in _records(finished, "questions")] == ["8", "1,200", "-2"]
+
+
+def test_the_plan_bounds_what_every_arm_samples_and_computes(config, finished):
+  model = parse(LlamaConfig, artifacts.open_artifact(finished / "checkpoint").summary["model"])
+  planned = {stage.name: stage.plan for stage in budget_forcing.stages(config)}
+  for name, arm in config.arms.items():
+    plan, responses = planned[f"responses/{name}"], _records(finished, f"responses/{name}")
+    assert plan.is_bound
+    assert 0 < sum(r["sampled_tokens"] for r in responses) <= plan.tokens, name
+    # What is written at least; prompts and earlier rounds are read too.
+    spent = sum(r["sampled_tokens"] for r in responses) * model.forward_flops_per_token(1)
+    assert (plan.flops is None) == (arm.budget.min_tokens > 0)
+    assert plan.flops is None or spent < plan.flops, name
+
+
+def test_questions_of_one_group_are_graded_with_it(values, finished, tmp_path):
+  path = tmp_path / "questions.jsonl"
+  lines = [{"question": q, "answer": "3", "source": s} for q, s in (("a", "x"), ("b", "x"))]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  changes = {"path": str(path), "answer_format": "plain", "group_field": "source"}
+  config = _changed(values, "questions", values["questions"] | changes)
+  stage = next(s for s in budget_forcing.stages(config) if s.name == "questions")
+  run_stage(stage, tmp_path / "run", Progress(quiet=True))
+  assert [record["group"] for record in _records(tmp_path / "run", "questions")] == ["x", "x"]
+  own = {r["question_id"]: r["group"] for r in _records(finished, "grades/forcing_4")}
+  assert all(id_ == group for id_, group in own.items())
 
 
 def test_every_arm_keeps_its_bounds(config, finished):

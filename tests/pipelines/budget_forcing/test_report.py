@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from configs import budget_forcing as config_page
 from selfimprove_jax import report as reports
+from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines import budget_forcing
 from selfimprove_jax.pipelines.budget_forcing.report import _setting
 from selfimprove_jax.report import page
-from selfimprove_jax.report.report import Figure, LinePlot, Report
+from selfimprove_jax.report.blocks import Figure, LinePlot, Report
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse
@@ -22,6 +22,7 @@ _QUESTIONS = ("a", "b", "c", "d")
 def _grade(question, sample, vote, correct, tokens, forced="none"):
   return {
     "question_id": question,
+    "group": f"group of {question}" if question in "ab" else "another",
     "sample": sample,
     "vote": vote,
     "correct": correct,
@@ -41,9 +42,8 @@ def _write(folder: pathlib.Path, summary: dict[str, Any], **files: list) -> None
 
 
 @pytest.fixture(scope="module")
-def smoke_config() -> budget_forcing.Config:
-  values = config_page.get_config("smoke").copy_and_resolve_references().to_dict()
-  return parse(budget_forcing.Config, json.loads(json.dumps(values)))
+def smoke_config(smoke_page) -> budget_forcing.Config:
+  return parse(budget_forcing.Config, smoke_page)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +106,11 @@ def test_a_method_without_a_kept_thought_has_no_measures(made):
 
 
 def test_the_lead_gives_a_direction_only_if_the_interval_excludes_zero(made):
-  assert made.lead.startswith("4 questions, one seed. The accuracy of budget forcing ")
+  assert made.lead.startswith("4 questions in 3 groups, one seed. The accuracy of budget forcing ")
   assert "rejection" not in made.lead
   slope = made.data["methods"]["budget forcing"]["scaling"]
-  says = "rises" if slope["value"] > 1.96 * slope["stderr"] else "does not change measurably"
+  low, _ = Estimate(**slope).interval95
+  says = "rises" if low > 0 else "does not change measurably"
   assert f"The accuracy of budget forcing {says} with thinking tokens." in made.lead
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from selfimprove_jax.data import corpora
 from selfimprove_jax.data.split import SplitConfig
-from selfimprove_jax.data.tokenizer import TokenizerConfig
 from selfimprove_jax.models.checksums import checksums
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import models, text
@@ -19,6 +18,7 @@ from selfimprove_jax.runs.stage import Stage, run_stage
 from selfimprove_jax.runtime.partitioning import LocalMeshConfig, MeshConfig
 from selfimprove_jax.runtime.progress import Progress
 from selfimprove_jax.training.config import TrainingConfig
+from tests.runs import toy
 
 SEQ_LEN, VOCAB_SIZE, NUM_STEPS = 32, 300, 3
 MODEL = LlamaConfig(
@@ -37,7 +37,7 @@ CONFIG = models.PretrainConfig(
   mesh=MeshConfig(data=8),
   training=TrainingConfig(batch_rows=8, peak_lr=1e-2, final_lr=1e-3, num_evaluations=1),
   seq_len=SEQ_LEN,
-  num_steps=NUM_STEPS,
+  total_targets=NUM_STEPS * 8 * (SEQ_LEN - 2),  # about two tokens of a row are none
   mixture={"unique": 1.0},
   weight_decay=0.1,
   evaluation=models.EvaluationConfig(batch_rows=8, max_validation_rows=8),
@@ -81,7 +81,7 @@ def run_folder(tmp_path_factory):
     Stage(
       "tokenizer",
       text.tokenizer,
-      TokenizerConfig(vocab_size=VOCAB_SIZE, train_chars=5_000),
+      text.TokenizerStageConfig(vocab_size=VOCAB_SIZE, train_chars=5_000, unique_tokens=500),
       documents,
     ),
     Stage("tokens", text.rows, tokens, documents | {"tokenizer": "tokenizer"}),
@@ -106,6 +106,20 @@ def test_pretraining_records_its_cost_its_curve_and_the_test_losses(seed):
   assert summary["final_validation"] == curve[-1]["validation/loss"]
   losses = [json.loads(line) for line in seed.path("test.jsonl").read_text().splitlines()]
   assert all(r["nll"] > 0 and r["tokens"] > 0 and r["bytes"] > 0 for r in losses)
+  trained = sum(r["train/tokens"] for r in curve if "train/tokens" in r)
+  assert summary["targets"] == trained < summary["tokens"]
+  assert trained == pytest.approx(CONFIG.total_targets, rel=0.1)
+
+
+def test_losses_are_of_documents_with_the_bytes_of_their_texts(seed, run_folder):
+  """However documents are cut to rows."""
+  losses = {r["id"]: r for r in seed.read_jsonl("test.jsonl")}
+  documents = artifacts.open_artifact(run_folder / "documents")
+  texts = {r["id"]: r for r in text.split_records(documents, "test")}
+  assert losses.keys() == texts.keys()
+  for id_, record in losses.items():
+    assert record["group"] == texts[id_]["group"]
+    assert record["bytes"] == pytest.approx(len(texts[id_]["text"].encode()), rel=0.1)
 
 
 def test_a_trained_model_is_loaded_on_another_mesh_without_its_dropout(seed):
@@ -117,17 +131,17 @@ def test_a_trained_model_is_loaded_on_another_mesh_without_its_dropout(seed):
 
 def test_parameters_that_differ_from_the_manifest_are_refused(seed, run_folder, tmp_path):
   copy = shutil.copytree(run_folder / "seed", tmp_path / "seed")
-  manifest = json.loads((copy / "manifest.json").read_text())
-  sums = manifest["summary"]["checksums"]
+  summary = seed.summary
+  sums = dict(summary["checksums"])
   sums[next(iter(sums))] ^= 1
-  (copy / "manifest.json").write_text(json.dumps(manifest))
+  toy.write_summary(copy, {**summary, "checksums": sums})
   with pytest.raises(artifacts.ArtifactError, match="differ from those of its manifest"):
     models.load_model(artifacts.open_artifact(copy), MeshConfig().make())
 
 
 @pytest.mark.slow
 def test_an_all_in_arm_also_spends_the_flops_of_the_named_inputs(run_folder):
-  values = vars(CONFIG) | {"num_steps": 1}
+  values = vars(CONFIG) | {"total_targets": 8 * (SEQ_LEN - 2)}
   config = models.PretrainAllInConfig(**values, matched_inputs=("cost_0",))
   stage = Stage(
     "arms/all_in", models.pretrain_all_in, config, READS | {"cost_0": "seed"}, uses_devices=True

@@ -2,7 +2,15 @@ import pathlib
 
 import pytest
 
+from selfimprove_jax import report as reports
+from selfimprove_jax.data.decontamination import (
+  Benchmarks,
+  DecontaminationConfig,
+  Findings,
+  ItemText,
+)
 from selfimprove_jax.pipelines.common import report_parts
+from selfimprove_jax.report import blocks
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Stage
 
@@ -61,3 +69,27 @@ def test_stages_are_summed_and_the_config_is_listed_by_path():
   assert details.summary == "Config (2 values)"
   assert details.blocks[0].rows == (("model.dim", 96), ("seed", 0))
   assert len(report_parts.run_sections("", data)[1].blocks) == 2  # no command is shown
+
+
+def _printed(found) -> str:
+  section = report_parts.decontamination_section(found)
+  made = blocks.Report(title="t", command="", lead="", sections=(section,), data={})
+  return " ".join(reports.to_terminal(made, examples=True).split())
+
+
+def test_text_that_was_not_checked_against_benchmarks_is_said_so():
+  printed = _printed({"new_text": None, "replay": None})
+  assert "Nothing was checked against benchmarks (new text, replay)" in printed
+  assert report_parts.decontamination_section({}).blocks == ()
+
+
+def test_the_items_in_the_text_are_counted_by_task_and_the_worst_documents_shown():
+  texts = [ItemText(task, f"line {i}", f"{task} {i} " + "so " * 20) for task in "ab" for i in "123"]
+  findings = Findings(Benchmarks(texts), DecontaminationConfig())
+  findings.check("book.txt", " ".join(item.text for item in texts[:4]))
+  findings.check("other.txt", "Nothing of this kind.")
+  printed = _printed({"replay": findings.summary()})
+  assert "Replay: 1 of 2 documents contain an item of a benchmark and were dropped." in printed
+  assert "a replay 1 3 3 0" in printed
+  assert "b replay 1 3 3 0" in printed
+  assert "book.txt replay 6 a 3, b 3 a, line 1" in printed

@@ -1,6 +1,7 @@
 """Stages from raw text to packed rows, and what bad corpora do to them."""
 
 import dataclasses
+import io
 import json
 import random
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.data import corpora, rows
+from selfimprove_jax.data import tokenizer as tokenizer_lib
+from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.split import SplitConfig
-from selfimprove_jax.data.tokenizer import TokenizerConfig
 from selfimprove_jax.pipelines.common import text
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs import stage as stages
@@ -35,7 +37,15 @@ def _write(path, num):
   path.write_text("".join(json.dumps({"id": f"d{i}", "text": _text(i)}) + "\n" for i in range(num)))
 
 
-def _stages(path, *, on_error="raise", unique_tokens=500, max_document_tokens=40, **options):
+def _stages(
+  path,
+  *,
+  on_error="raise",
+  unique_tokens=500,
+  max_document_tokens=40,
+  train_chars=5_000,
+  **options,
+):
   if path.suffix == ".jsonl":
     source = corpora.JsonlConfig(paths=(str(path),))
   else:
@@ -53,7 +63,9 @@ def _stages(path, *, on_error="raise", unique_tokens=500, max_document_tokens=40
     Stage(
       "tokenizer",
       text.tokenizer,
-      TokenizerConfig(vocab_size=300, train_chars=5_000),
+      text.TokenizerStageConfig(
+        vocab_size=300, train_chars=train_chars, unique_tokens=unique_tokens
+      ),
       {"documents": "documents"},
     ),
     Stage(
@@ -122,16 +134,37 @@ def test_documents_too_long_to_pair_are_trained_on_all_the_same(corpus, tmp_path
   assert sum(counts) < artifact.summary["unique"]["tokens"] - 100
 
 
-def test_the_tokenizer_sees_no_more_text_than_it_was_given():
-  records = [{"text": "a" * 40}] * 10
-  assert len(list(text._first_chars(records, 100))) == 3
+@pytest.mark.parametrize("train_chars", [1_000, 100_000])
+def test_the_tokenizer_sees_only_unique_documents_and_as_many_as_it_was_given(
+  corpus, tmp_path, monkeypatch, train_chars
+):
+  trained_on = []
+
+  def train_bpe(texts, **options):
+    trained_on.append(list(texts))
+    return tokenizer_lib.train_bpe(trained_on[-1], **options)
+
+  monkeypatch.setattr(text, "train_bpe", train_bpe)
+  made = _stages(corpus, train_chars=train_chars, max_document_tokens=10_000)
+  _run(tmp_path / "run", made)
+  artifact = artifacts.open_artifact(tmp_path / "run" / "tokens")
+  unique = [record["text"] for record in artifact.read_jsonl("unique.jsonl")]
+  seen = trained_on[-1]
+  assert seen == unique[: len(seen)]
+  if train_chars == 1_000:
+    assert sum(map(len, seen[:-1])) < 1_000 <= sum(map(len, seen))
+  else:
+    assert len(unique) - len(seen) <= 1  # the last training may need a little fewer tokens
+  summary = artifacts.open_artifact(tmp_path / "run" / "tokenizer").summary
+  assert summary["train_documents"] == len(seen)
+  assert summary["train_characters"] == sum(map(len, seen))
 
 
 def test_an_existing_tokenizer_can_be_taken(corpus, tmp_path):
   first = _stages(corpus)
   _run(tmp_path / "run", first[:2])
   path = tmp_path / "run" / "tokenizer" / "tokenizer"
-  config = TokenizerConfig(path=str(path), vocab_size=300, train_chars=1)
+  config = text.TokenizerStageConfig(path=str(path), vocab_size=300, train_chars=1, unique_tokens=1)
   taken = Stage("taken", text.tokenizer, config)
   _run(tmp_path / "run", [taken])
   artifact = artifacts.open_artifact(tmp_path / "run" / "taken")
@@ -151,6 +184,14 @@ def test_an_empty_corpus_is_refused_and_the_run_goes_on_once_there_is_text(tmp_p
     _run(tmp_path / "run", made)
   _write(path, 150)
   _run(tmp_path / "run", made)
+
+
+def test_too_few_groups_of_test_documents_are_refused_before_anything_is_trained(corpus, tmp_path):
+  first, *_ = _stages(corpus)
+  config = dataclasses.replace(first.config, min_test_groups=99)
+  told = r"for testing, and errors over groups need 99: raise corpus\.split\.test_fraction=0\.1"
+  with pytest.raises(ValueError, match=told):
+    _run(tmp_path, [dataclasses.replace(first, config=config)])
 
 
 def test_a_line_that_does_not_parse_is_named_and_the_run_goes_on_once_it_is_mended(
@@ -188,6 +229,21 @@ def test_a_document_that_is_not_utf8_is_named_or_left_out_and_kept_count_of(tmp_
   _run(tmp_path / "run", _stages(folder)[:1])
 
 
+def test_rejected_and_repeated_documents_are_mentioned(tmp_path):
+  path = tmp_path / "corpus.jsonl"
+  _write(path, 150)
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join([*lines, *lines[:7], "{\n", "[" * 5_000 + "\n"]))
+  said = io.StringIO()
+  [made] = _stages(path, on_error="skip")[:1]
+  stages.run_stage(made, tmp_path / "run", Progress(stream=said))
+  assert "records skipped, because they are not documents: 2; `_rejected" in said.getvalue()
+  assert f"The first: {path}, line 158: not JSON" in said.getvalue()
+  assert "documents dropped, because others have the same text: 7 of 157" in said.getvalue()
+  summary = artifacts.open_artifact(tmp_path / "run" / "documents").summary
+  assert (summary["rejected"], summary["repeated"]) == (2, 7)
+
+
 def test_a_corpus_smaller_than_the_unique_tokens_is_refused_with_what_there_is(corpus, tmp_path):
   with pytest.raises(ValueError, match=r"unique_tokens=50000, and the train documents hold \d+"):
     _run(tmp_path / "run", _stages(corpus, unique_tokens=50_000))
@@ -203,5 +259,60 @@ def test_a_corpus_may_fall_short_and_neither_oracle_nor_lists_be_asked_for(corpu
   options = dict(may_fall_short=True, oracle_tokens=0, max_document_tokens=0)
   _run(tmp_path / "run", _stages(corpus, unique_tokens=50_000, **options))
   artifact = artifacts.open_artifact(tmp_path / "run" / "tokens")
-  assert set(artifact.shards) == {f"{n}.array_record" for n in ("unique", "validation", "test")}
+  packed = {f"{n}.array_record" for n in ("unique", "validation", "test")}
+  assert set(artifact.shards) == packed | {"validation.segments.jsonl", "test.segments.jsonl"}
   assert 0 < artifact.summary["unique"]["tokens"] < 50_000
+
+
+@pytest.fixture
+def benchmarks(tmp_path):
+  """Benchmarks whose items are 4 documents of the corpus, two of them by a short question."""
+  folder = tmp_path / "benchmarks"
+  folder.mkdir()
+  long = [{"question": f"Is it so? {_text(i)}", "answer": "no"} for i in (3, 60)]
+  short = [{"question": " ".join(_text(i).split()[4:11]).upper()} for i in (99, 120)]
+  for name, records in (("long", long), ("short", [*short, {"question": "Who?"}])):
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  return folder
+
+
+def _checked(corpus, folder, benchmarks, action):
+  unchecked = _stages(corpus)[0]
+  config = DecontaminationConfig(data_dir=str(benchmarks), action=action)
+  _run(folder, [text.documents_stage("documents", unchecked.config, config)])
+  return artifacts.open_artifact(folder / "documents")
+
+
+def _ids(artifact):
+  return {
+    r["document"]
+    for name in ("train", "validation", "test")
+    for r in text.split_records(artifact, name)
+  }
+
+
+@pytest.mark.parametrize("action", ["drop", "mark"])
+def test_documents_with_benchmark_items_are_dropped_or_marked_and_counted(
+  action, corpus, benchmarks, tmp_path
+):
+  artifact = _checked(corpus, tmp_path / "run", benchmarks, action)
+  found = artifact.summary["decontamination"]
+  assert (found["documents"], found["contaminated"]) == (150, 4)
+  assert found["tasks"] == {
+    "long": {"items": 2, "unchecked": 0, "items_hit": 2, "documents_hit": 2},
+    "short": {"items": 3, "unchecked": 1, "items_hit": 2, "documents_hit": 2},
+  }
+  hit = {f"corpus.jsonl:{line}" for line in (4, 61, 100, 121)}
+  assert {r["id"] for r in artifact.read_jsonl("_contaminated.jsonl")} == hit
+  assert {r["id"] for r in found["worst"]} == hit
+  assert artifact.summary["documents"] == (146 if action == "drop" else 150)
+  _run(tmp_path / "plain", _stages(corpus)[:1])
+  everything = _ids(artifacts.open_artifact(tmp_path / "plain" / "documents"))
+  assert everything >= hit
+  assert _ids(artifact) == (everything - hit if action == "drop" else everything)
+
+
+def test_without_benchmarks_the_stage_is_what_it_was(corpus):
+  unchecked = _stages(corpus)[0]
+  made = text.documents_stage("documents", unchecked.config, DecontaminationConfig())
+  assert (made.function, made.config) == (unchecked.function, unchecked.config)

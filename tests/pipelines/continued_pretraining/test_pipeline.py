@@ -18,7 +18,10 @@ from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.models.checkpoints import open_checkpoint, params_checkpoint
 from selfimprove_jax.pipelines.continued_pretraining.config import Config
 from selfimprove_jax.pipelines.continued_pretraining.pipeline import stages
+from selfimprove_jax.pipelines.continued_pretraining.report import report
+from selfimprove_jax.report import page, to_terminal
 from selfimprove_jax.runs import artifacts, runner
+from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime import preemption
 from selfimprove_jax.runtime.config import parse, to_json
 from selfimprove_jax.runtime.partitioning import MeshConfig
@@ -160,13 +163,14 @@ def _losses(run: pathlib.Path, when: str, name: str) -> tuple[np.ndarray, np.nda
 
 
 def _mean_loss(run: pathlib.Path, when: str, name: str) -> float:
-  return statistics.weighted_mean(*_losses(run, when, name)).value
+  nll, counts = _losses(run, when, name)
+  return nll.sum() / counts.sum()
 
 
 @pytest.mark.slow
 def test_the_new_text_is_learned_and_replay_is_scored_before_and_after(finished):
   (before, counts), (after, _) = (_losses(finished, when, "new_text") for when in _WHEN)
-  learned = statistics.paired_difference(after, before, counts)
+  learned = statistics.paired_difference(after, before, counts, groups=np.arange(len(counts)))
   assert learned.value < -0.5
   assert learned.value < -4 * learned.stderr < 0
   assert _mean_loss(finished, "before", "new_text") == pytest.approx(np.log(320), abs=0.2)
@@ -255,7 +259,8 @@ def test_without_a_checkpoint_a_model_is_pretrained_first_on_the_replay_text(val
   before = {name: _mean_loss(tmp_path, "before", name) for name in ("new_text", "replay")}
   assert before["replay"] < before["new_text"]
   pretrained = artifacts.open_artifact(tmp_path / "initial").summary
-  assert pretrained["steps_made"] == 8_000 // (8 * 128)
+  # The tokens that are predicted, without padding and the first one of each document.
+  assert pretrained["targets"] == pytest.approx(8_000, abs=8 * 128 / 2)
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "export" / "model")
   assert tokenizer.bos_token == tokenizer_lib.BOS
 
@@ -412,7 +417,6 @@ def test_a_checkpoint_that_changed_since_it_was_recorded_is_refused(values, chec
     ("tuning.replay_share", 1.0, "tuning.replay_share=1.0: must be less than 1"),
     ("tuning.epochs", 0.0, "tuning.epochs=0.0: must be greater than 0"),
     ("training.seq_len", 64, "training.seq_len=64: there is no such knob"),
-    ("new_text.split.test_fraction", 0.0, "new_text.split.test_fraction=0.0 must be above 0"),
     ("replay.source", {"kind": "jsonl", "path": "x"}, "did you mean 'paths'?"),
     ("model", _MODEL | {"dropout_rate": 0.1}, "model.dropout_rate=0.1 must be 0"),
     ("export.dtype", "int8", "export.dtype='int8': must be"),
@@ -421,6 +425,68 @@ def test_a_checkpoint_that_changed_since_it_was_recorded_is_refused(values, chec
 def test_a_config_that_makes_no_sense_is_refused_by_path(values, path, value, told):
   with pytest.raises(ValueError, match=re.escape(told)):
     parse(Config, _changed(values, path, value))
+
+
+def test_early_stopping_without_validation_documents_is_refused(values):
+  values = _changed(values, "new_text.split.validation_fraction", 0.0)
+  parse(Config, values)
+  with pytest.raises(ValueError, match=r"training\.patience=2 needs .*new_text\.split\.validation"):
+    parse(Config, _changed(values, "training.patience", 2))
+  values = _changed(
+    cpt_quick.get_config("smoke").to_dict(), "replay.split.validation_fraction", 0.0
+  )
+  with pytest.raises(
+    ValueError, match=r"initial\.training\.stop_at_loss=2\.0 needs .*replay\.split"
+  ):
+    parse(Config, _changed(values, "initial.training.stop_at_loss", 2.0))
+
+
+def test_all_of_a_small_corpus_may_be_trained_on(values, checkpoint, corpora, tmp_path):
+  lines = (corpora / "new_text.jsonl").read_text().splitlines(keepends=True)[:30]
+  (tmp_path / "few.jsonl").write_text("".join([*lines, *lines[:4]]))
+  values = _changed(values, "new_text.source.paths", [str(tmp_path / "few.jsonl")])
+  values["training"] |= {"num_evaluations": 1, "num_checkpoints": 1}
+  values["tuning"]["epochs"] = 8.0
+  for name in ("new_text", "replay"):
+    values[name]["split"] |= {"validation_fraction": 0.0, "test_fraction": 0.0}
+  config = parse(Config, values)
+  _run(config, tmp_path / "run")
+  summary = artifacts.open_artifact(tmp_path / "run" / "new_text" / "documents").summary
+  assert (summary["passages"]["train"], summary["repeated"]) == (30, 4)
+  tuned = artifacts.open_artifact(tmp_path / "run" / "tuned")
+  losses = [r["train/loss"] for r in tuned.read_jsonl("curve.jsonl")]
+  assert losses[-1] < losses[0] - 0.2
+  assert tuned.summary["final_validation"] is None
+  made = report(Run(tmp_path / "run", config))
+  assert "Nothing of new text was held out, so its loss was not measured." in made.lead
+  assert "4 of 34 documents of new text were dropped, since others have" in to_terminal(made)
+  assert "validation loss" not in page.render(made).split("Loss of continued")[0]
+
+
+def test_benchmark_items_in_either_corpus_are_dropped_and_reported(values, corpora, tmp_path):
+  item = "Who would have thought that the old lighthouse keeper could sing so very well?"
+  changed = values
+  for name, copies in (("new_text", 2), ("replay", 1)):
+    lines = (corpora / f"{name}.jsonl").read_text().splitlines(keepends=True)
+    planted = [json.dumps({"text": f"{i} {item.upper()} {i}"}) + "\n" for i in range(copies)]
+    (tmp_path / f"{name}.jsonl").write_text("".join([*lines[:30], *planted, *lines[30:]]))
+    changed = _changed(changed, f"{name}.source.paths", [str(tmp_path / f"{name}.jsonl")])
+  (tmp_path / "evals").mkdir()
+  (tmp_path / "evals" / "quiz.jsonl").write_text(json.dumps({"question": item}) + "\n")
+  config = parse(Config, _changed(changed, "decontamination.data_dir", str(tmp_path / "evals")))
+  _run(config, tmp_path / "run", only=["new_text/documents", "replay/documents"])
+  made = report(Run(tmp_path / "run", config))
+  for name, copies in (("new_text", 2), ("replay", 1)):
+    artifact = artifacts.open_artifact(tmp_path / "run" / name / "documents")
+    assert artifact.summary["decontamination"]["contaminated"] == copies
+    texts = [
+      r["text"] for shard in artifact.shards for r in artifact.read_jsonl(shard) if "text" in r
+    ]
+    assert len(texts) > 80 and not any("LIGHTHOUSE" in text for text in texts)
+    assert made.data["decontamination"][name]["tasks"]["quiz"]["documents_hit"] == copies
+  html = page.render(made)
+  assert "New text: 2 of 162 documents contain an item of a benchmark and were dropped." in html
+  assert "Nothing was checked" not in html
 
 
 @pytest.mark.parametrize(

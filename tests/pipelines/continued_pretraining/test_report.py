@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from configs import cpt_quick
 from selfimprove_jax import report as reports
 from selfimprove_jax.pipelines import continued_pretraining
 from selfimprove_jax.report import page
-from selfimprove_jax.report.report import Report
+from selfimprove_jax.report.blocks import Report
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse
@@ -30,10 +31,15 @@ def _write(folder: pathlib.Path, name: str, summary: dict[str, Any], **files: li
 
 def _losses(per_token: float, *, num_documents: int = 40) -> list[dict[str, Any]]:
   spread = [0.1 if index % 2 else -0.1 for index in range(num_documents)]
-  return [{"nll": 50 * (per_token + s), "tokens": 50, "bytes": 150} for s in spread]
+  return [
+    {"id": f"d{i}", "group": f"g{i}", "nll": 50 * (per_token + s), "tokens": 50, "bytes": 150.0}
+    for i, s in enumerate(spread)
+  ]
 
 
-def _write_tuned(folder: pathlib.Path, *, replay_after: float, num_documents: int = 40) -> None:
+def _write_tuned(
+  folder: pathlib.Path, *, replay_after: float, num_documents: int | None = 40
+) -> None:
   curve = [{"step": 0, "validation/loss": 4.0}, {"step": 200, "validation/loss": 3.5}]
   curve += [{"step": step, "train/loss": 4.0 - step / 400} for step in range(1, 201)]
   summary = {
@@ -44,23 +50,25 @@ def _write_tuned(folder: pathlib.Path, *, replay_after: float, num_documents: in
     "passes": {"new_text": 1.818, "replay": 0.198},
     "num_others": 1,
   }
-  after = _losses(replay_after)
+  after, new_text = _losses(replay_after), {}
+  if num_documents is not None:
+    for when, loss in (("before", 4.2), ("after", 3.9)):
+      new_text[f"{when}__new_text"] = _losses(loss, num_documents=num_documents)
   after[0]["nll"] += 4.0  # the documents do not change alike
   _write(
     folder,
     "tuned",
     summary,
     curve=curve,
-    before__new_text=_losses(4.2, num_documents=num_documents),
-    after__new_text=_losses(3.9, num_documents=num_documents),
+    **new_text,
     before__replay=_losses(4.0),
     after__replay=after,
   )
 
 
-def _write_run(folder: pathlib.Path, *, replay_after: float = 3.95) -> Run:
+def _write_run(folder: pathlib.Path, *, replay_after: float = 3.95, repeated: int = 0) -> Run:
   for name in ("new_text", "replay"):
-    summary = {"documents": 233, "groups": {"test": 8, "train": 45}}
+    summary = {"documents": 233, "repeated": repeated, "groups": {"test": 8, "train": 45}}
     _write(folder, f"{name}/documents", summary)
     _write(folder, f"{name}/rows", {"unique": {"tokens": 12_039, "records": 99}})
   for name in ("tokenizer", "initial", "export"):
@@ -131,7 +139,8 @@ def test_the_lead_says_how_each_loss_changed(replay_after, words, tmp_path):
 def test_the_page_shows_losses_curves_and_corpora(made):
   html = page.render(made)
   assert html.count('<svg class="plot"') == 2
-  for words in ("Before and after", "<h3>New text</h3>", "<h3>Replay</h3>", "a command"):
+  unchecked = "Nothing was checked against benchmarks (new text, replay)"
+  for words in ("Before and after", "<h3>New text</h3>", "<h3>Replay</h3>", "a command", unchecked):
     assert words in html
   assert "<dt>tokens, unique</dt><dd>12,039</dd>" in html
   assert "<dt>groups, test</dt><dd>8</dd>" in html
@@ -155,7 +164,29 @@ def test_an_unfinished_run_reports_what_is_complete(run, tmp_path):
   assert "New text" not in printed
 
 
-def test_a_corpus_with_one_held_out_document_is_refused(tmp_path):
+def test_a_corpus_whose_held_out_documents_are_one_group_has_no_interval(tmp_path):
   _write_tuned(tmp_path, replay_after=4.0, num_documents=1)
-  with pytest.raises(ValueError, match=r"new_text has 1 held-out.*new_text\.split\.test_fraction"):
-    continued_pretraining.report(Run(tmp_path, _CONFIG))
+  made = continued_pretraining.report(Run(tmp_path, _CONFIG))
+  found = json.loads(reports.to_json(made))["heldout"]["new_text"]
+  assert found["difference"]["value"] == pytest.approx(-0.3)
+  assert (found["difference"]["stderr"], found["groups"]) == (None, 1)
+  assert "did not change measurably" in made.lead
+  assert "95% interval unknown over 1 group." in made.lead
+  assert "unknown" in reports.to_terminal(made)
+  assert "inf" not in page.render(made).split("<svg")[0]
+
+
+def test_a_corpus_of_which_nothing_is_held_out_is_not_measured(run, tmp_path):
+  shutil.copytree(run.folder, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / "tuned")
+  _write_tuned(tmp_path, replay_after=4.0, num_documents=None)
+  made = continued_pretraining.report(Run(tmp_path, _CONFIG))
+  assert made.lead.startswith("Nothing of new text was held out, so its loss was not measured. The")
+  assert made.data["heldout"].keys() == {"replay"}
+  page.render(made)
+
+
+def test_dropped_repetitions_are_counted_in_the_summary(tmp_path):
+  run = _write_run(tmp_path, repeated=12)
+  printed = " ".join(reports.to_terminal(continued_pretraining.report(run)).split())
+  assert "12 of 233 documents of new text were dropped, since others have the same text." in printed

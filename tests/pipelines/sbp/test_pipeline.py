@@ -60,7 +60,7 @@ def _stages(config: Config) -> dict[str, Stage]:
     (dict(corpus__on_error="ignore"), "corpus.on_error='ignore': must be 'raise' or 'skip'"),
     (dict(embeddings__method="bert"), "embeddings.method='bert'"),
     (dict(pairs__filters__max_jaccard=1.5), "pairs.filters.max_jaccard=1.5"),
-    (dict(comparison__seed_noise=-0.1), "comparison.seed_noise=-0.1"),
+    (dict(comparison__assumed_seed_noise=-0.1), "comparison.assumed_seed_noise=-0.1"),
   ],
 )
 def test_a_config_that_makes_no_sense_is_refused_by_path(changes, told):
@@ -87,7 +87,8 @@ def test_a_jsonl_corpus_takes_the_place_of_the_docstrings_and_nothing_is_read():
 def test_only_the_stages_that_some_arm_needs_are_built():
   arms = sbp_quick.get_config("smoke").to_dict()["arms"]
   config = _config(arms={name: arms[name] for name in ("baseline", "oracle")})
-  names = ["documents", "tokenizer", "tokens", "seed", "arms/baseline", "arms/oracle"]
+  names = ["documents", "tokenizer", "tokens", "seed", "arms/baseline"]
+  names += ["arms/baseline-2", "arms/oracle"]
   assert list(_stages(config)) == names
 
 
@@ -151,15 +152,35 @@ def test_what_must_agree_is_given_to_every_stage_that_needs_it():
     for field in ("seed", "seq_len", "shingle_size")
   }
   assert by_field["seed"].pop("documents") == 6
-  assert set(by_field["seed"].values()) == {5}
-  assert by_field["seq_len"].pop("synthesizer/nearest") == 100
+  assert by_field["seed"].pop("synthetic/sbp-2") == 5  # of the sample that quality is measured on
+  for name, seed in by_field["seed"].items():
+    assert seed == pipeline.seed_of(5, int(name.endswith("-2"))), name
+  for name in ("synthesizer/nearest", "synthesizer/nearest-2"):
+    assert by_field["seq_len"].pop(name) == 100
   assert stages["pairs"].config.pair_tokens == 100
   assert set(by_field["seq_len"].values()) == {128}
   assert set(by_field["shingle_size"].values()) == {7}
   assert by_field["shingle_size"].keys() >= {"pairs", "synthetic/sbp", "synthetic/unconditional"}
 
 
+def test_runs_with_neighboring_seeds_share_no_training():
+  seeds = [pipeline.seed_of(seed, k) for seed in range(50) for k in range(5)]
+  assert len(set(seeds)) == len(seeds)
+  assert all(0 <= seed < 2**32 for seed in seeds)
+  assert pipeline.seed_of(7, 0) == 7
+
+
 def test_another_training_seed_keeps_documents_and_tokens():
   one, other = _stages(_config()), _stages(_config(seed=1))
   same = [name for name in one if one[name] == other[name]]
   assert same == ["documents", "tokenizer", "tokens"]
+
+
+def test_benchmarks_are_looked_for_in_the_corpus_and_in_all_samples_once_they_are_named():
+  plain = _stages(_config())
+  checked = _stages(_config(decontamination__data_dir="evals"))
+  changed = {name for name in plain if plain[name] != checked[name]}
+  assert changed == {"documents", *(name for name in plain if name.startswith("synthetic/"))}
+  for name in changed:
+    assert checked[name].config.decontamination.data_dir == "evals"
+    assert not hasattr(plain[name].config, "decontamination")

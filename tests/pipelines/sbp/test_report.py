@@ -16,7 +16,7 @@ from selfimprove_jax import report as reports
 from selfimprove_jax.pipelines import sbp
 from selfimprove_jax.pipelines.sbp.report import result_sections
 from selfimprove_jax.report import formatting, page
-from selfimprove_jax.report.report import Figure, Report, Section
+from selfimprove_jax.report.blocks import Figure, Report, Section
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse
@@ -50,7 +50,7 @@ def _write(folder: pathlib.Path, name: str, summary: dict[str, Any], **files: li
 
 
 def _estimate(value, stderr, unit="share"):
-  return {"value": value, "stderr": stderr, "unit": unit}
+  return {"value": value, "stderr": stderr, "unit": unit, "num_groups": 40}
 
 
 def _write_arms(folder: pathlib.Path) -> None:
@@ -59,11 +59,15 @@ def _write_arms(folder: pathlib.Path) -> None:
   hardness = random.normal(0, 0.55, size=240)
   for name, (loss, steps) in _ARMS.items():
     nll = (loss + hardness + random.normal(0, 0.08, size=240)) * tokens
-    test = [{"nll": x, "tokens": n, "bytes": 3 * n} for x, n in zip(nll.tolist(), tokens.tolist())]
+    test = [
+      {"id": f"t{i}", "group": f"g{i % 40}", "nll": x, "tokens": n, "bytes": 3.0 * n}
+      for i, (x, n) in enumerate(zip(nll.tolist(), tokens.tolist()))
+    ]
     curve = [{"step": 0, "validation/loss": 6.9}, {"step": steps, "validation/loss": loss + 0.02}]
     curve += [{"step": step, "train/loss": 6.9 - step / steps} for step in range(1, steps + 1)]
     summary = {
       "tokens": steps * 1024,
+      "targets": steps * 900,
       "steps_made": steps,
       "num_parameters": 50_000,
       "flops": steps * _STEP_FLOPS,
@@ -72,6 +76,9 @@ def _write_arms(folder: pathlib.Path) -> None:
       "passes": {"unique": 10.2, **({name: 0.97} if name in ("sbp", "unconditional") else {})},
     }
     _write(folder, f"arms/{name}", summary, test=test, curve=curve)
+    if name in ("baseline", "sbp"):
+      again = [{**record, "nll": record["nll"] + 0.01 * record["tokens"]} for record in test]
+      _write(folder, f"arms/{name}-2", summary, test=again, curve=curve)
 
 
 def _write_synthesis(folder: pathlib.Path, source: str) -> None:
@@ -89,7 +96,7 @@ def _write_synthesis(folder: pathlib.Path, source: str) -> None:
     "further": 1,
   }
   quality = {"repeated_3_word_runs": _estimate(0.009, 0.0006)}
-  counts = {"sampled": 8120, "kept": 7894, "too_short": 201}
+  counts = {"sampled": 8120, "kept": 7894, "too_short": 201, "cut": 476}
   summary = {"counts": counts, "quality": quality}
   _write(folder, f"synthetic/{source}", summary, documents=[document] * 8)
 
@@ -104,6 +111,7 @@ def _write_run(folder: pathlib.Path) -> None:
   _write(folder, "embeddings", {"flops": _COSTS["embeddings"]})
   pairs = [{"d1": f"d{i}", "d2": f"d{i + 1}", "similarity": 0.3 + i / 40} for i in range(18)]
   summary = {"counts": {"candidates": 4312, "too_long": 301}, "recall": _estimate(0.984, 0.0042)}
+  summary |= {"method": "exact", "same_group_share": 0.0}
   _write(folder, "pairs", {key: {"unique": value} for key, value in summary.items()}, unique=pairs)
   conditioning = {
     "true_nll": 4.121,
@@ -113,14 +121,19 @@ def _write_run(folder: pathlib.Path) -> None:
     "num_pairs": 212,
   }
   flops = _COSTS["synthesizer/nearest"]
-  _write(folder, "synthesizer/nearest", {"flops": flops, "conditioning": conditioning})
+  untuned = {**conditioning, "gap": _estimate(0.033, 0.0042, "nats per token")}
+  tuned = {"step": 0, "steps_made": 128, "best_validation": 4.65}
+  tuned |= {"untuned": {"validation": 4.65, "conditioning": untuned}}
+  _write(folder, "synthesizer/nearest", {"flops": flops, "conditioning": conditioning, **tuned})
   for source in ("sbp", "unconditional"):
     _write_synthesis(folder, source)
   relevance = {
     "own": _estimate(0.033, 0.004),
     "random": _estimate(0.017, 0.002),
     "real": _estimate(0.23, 0.009),
-    "retained_share": 0.075,
+    "unrelated": _estimate(0.02, 0.009),
+    "real_pairs": "two documents of one group",
+    "retained_share": _estimate(0.075, 0.011),
   }
   _write(folder, "relevance", relevance)
   _write_arms(folder)
@@ -226,6 +239,25 @@ def test_every_arm_is_on_the_page_with_its_numbers(html, data):
   assert "unique 10.2" in text
 
 
+def test_the_noise_of_the_seeds_the_groups_and_what_tuning_did_are_shown(html, data):
+  noise = data["comparison"]["seed_noise"]
+  assert (noise["degrees"], noise["num_trainings"]) == (2, 4)
+  assert noise["stderr"] == pytest.approx(0.01 / math.sqrt(2))
+  text = _text(html)
+  assert "240 held-out documents in 40 groups" in text
+  assert "measured on 4 trainings (repeated, SBP) with 2 degrees of freedom" in text
+  assert "That is the seed model itself: tuning did not lower the loss." in text
+  assert "untuned 4.650 0.033 \N{PLUS-MINUS SIGN} 0.004" in text
+  assert "of the similarity of two documents of one group" in text
+  assert "of one group 0%" in text
+  assert "cut 476 476" in text
+
+
+def test_no_claim_stands_twice_on_the_page(html, data):
+  for claim in data["comparison"]["claims"]:
+    assert html.count(claim["sentence"].replace("'", "&#39;")) == 1
+
+
 def test_the_difference_is_the_second_column_of_the_arms(made):
   table = made.sections[0].blocks[1]
   assert [column.header for column in table.columns][:2] == [
@@ -252,7 +284,7 @@ def test_the_printed_table_has_every_arm_in_a_hundred_columns(made, data):
   assert max(len(line) for line in printed.splitlines()) <= 100
   for arm in data["arms"].values():
     assert formatting.fixed(arm["evals"]["heldout_nll"]["value"]) in printed
-    assert formatting.fixed(arm["evals"]["bits_per_byte"]["value"]) in printed
+    assert all(formatting.fixed(loss) in printed for loss in arm["losses"])
     assert formatting.short(arm["all_in_flops"]) in printed
 
 
@@ -283,7 +315,6 @@ def test_an_unfinished_run_reports_what_is_complete(stage, run, tmp_path):
   (folder / stage / "manifest.json").unlink()
   made = sbp.report(dataclasses.replace(run, folder=folder))
   assert made.lead.startswith("This run is unfinished: ")
-  assert f"{stage} is not." in made.lead
   html = page.render(dataclasses.replace(made, sections=_without_figures(made.sections)))
   for other, words in _PARTS.items():
     assert (words in html) == (other != stage), other
@@ -291,13 +322,14 @@ def test_an_unfinished_run_reports_what_is_complete(stage, run, tmp_path):
 
 def test_a_run_that_has_made_nothing_yet_is_reported(run, tmp_path):
   made = sbp.report(dataclasses.replace(run, folder=tmp_path))
-  assert made.lead == "This run is unfinished: 0 of 17 stages are complete, documents is not."
+  assert made.lead == "This run is unfinished: 0 of 22 stages are complete, documents is not."
   assert made.claims == ()
   assert "The arms" not in reports.to_terminal(made, examples=True)
 
 
 def test_arms_are_shown_without_the_controls_that_were_not_run(data):
   alone = {key: data[key] for key in ("arms", "comparison")} | {"synthesis": {}, "examples": []}
+  alone["arms"] = {name: arm for name, arm in data["arms"].items() if name != "baseline_all_in"}
   alone["comparison"] = alone["comparison"] | {"claims": [], "versus": {}, "recovered": {}}
   html = _render(alone)
   assert "The arms" in html
@@ -307,7 +339,7 @@ def test_arms_are_shown_without_the_controls_that_were_not_run(data):
 
 
 def test_a_small_conditioning_gap_is_warned_about_and_a_large_one_is_not(data):
-  controls = {"conditioning": data["conditioning"], "synthesis": {}}
+  controls = {key: data[key] for key in ("conditioning", "tuning")} | {"synthesis": {}}
   assert 'class="warning"' in _render(controls)
   gap = data["conditioning"]["gap"] | {"value": 0.12}
   controls["conditioning"] = data["conditioning"] | {"gap": gap}
@@ -328,7 +360,7 @@ def test_the_smoke_run_wrote_the_report_that_its_artifacts_give(smoke):
   for part in ("arms", "comparison", "pairs", "synthesis", "examples", "stages"):
     assert again[part] == written[part], part
   assert again["command"] == "it"
-  for name in ("baseline", "oracle"):
+  for name in ("oracle", "unconditional"):
     losses = list(artifacts.open_artifact(smoke.folder / "arms" / name).read_jsonl("test.jsonl"))
     nats = sum(record["nll"] for record in losses) / sum(record["tokens"] for record in losses)
     assert again["arms"][name]["evals"]["heldout_nll"]["value"] == pytest.approx(nats)

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 
 from selfimprove_jax.data import rows, tokenizer
+from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.models.llama import Llama, LlamaConfig, init_params
 from selfimprove_jax.pipelines.sbp.stages import (
+  CheckedSyntheticRowsStageConfig,
   ModelEmbeddingsConfig,
   PairsStageConfig,
   RelevanceStageConfig,
   SamplesStageConfig,
   SyntheticRowsStageConfig,
   TfidfEmbeddingsConfig,
+  checked_synthetic_rows,
   model_embeddings,
   pairs,
   relevance,
@@ -36,6 +39,7 @@ from selfimprove_jax.runtime.partitioning import LocalMeshConfig, MeshConfig
 from selfimprove_jax.runtime.progress import Progress
 from selfimprove_jax.sampling.engine import Engine
 from selfimprove_jax.sampling.requests import Completion, SamplingConfig
+from selfimprove_jax.synthesis import sbp
 from selfimprove_jax.synthesis.data_quality import QualityConfig
 from selfimprove_jax.synthesis.filters import DocumentFilterConfig
 
@@ -72,7 +76,8 @@ def run_folder(tmp_path):
     trained.save(folder)
   writer.finish({"vocab_size": trained.vocab_size})
   writer = artifacts.Writer(tmp_path / "tokens", config={}, inputs={})
-  writer.write_jsonl("unique.jsonl", ({"id": f"d{i}", "text": _text(i)} for i in range(5)))
+  records = ({"id": f"d{i}", "group": f"g{i}", "text": _text(i)} for i in range(5))
+  writer.write_jsonl("unique.jsonl", records)
   writer.finish()
   artifacts.Writer(tmp_path / "model", config={}, inputs={}).finish({"model": to_json(_MODEL)})
   return tmp_path
@@ -117,7 +122,11 @@ def test_sampling_ends_with_the_shard_that_reaches_the_target(run_folder, sample
   assert artifact.summary["documents"] == len(records) == 12
   assert artifact.summary["tokens"] == sum(record["num_tokens"] for record in records) >= 100
   assert artifact.summary["finish_reasons"] == {"length": 6, "stop": 6}
-  assert artifact.summary["flops"] > 0
+  read_and_written = [r["num_prompt_tokens"] + r["num_tokens"] for r in records]
+  assert max(read_and_written) < 84  # the longest prompt and completion
+  assert artifact.summary["flops"] == sum(
+    n * _MODEL.forward_flops_per_token(n) for n in read_and_written
+  )
 
 
 def test_a_record_names_its_seed_document_and_does_not_depend_on_the_shards(run_folder, sampled):
@@ -218,25 +227,33 @@ def test_a_finished_sampling_makes_no_engine(run_folder, sampled, monkeypatch):
   assert _sample(run_folder).summary == artifact.summary
 
 
-def _write_samples(run_folder, texts):
+def _write_samples(run_folder, texts, cut=()):
   writer = artifacts.Writer(run_folder / "samples", config={}, inputs={})
   writer.write_jsonl(
     "00000.jsonl",
     (
-      {"id": f"s{i}", "seed_id": "d0", "seed_text": _text(0), "text": text, "num_tokens": 20}
+      {
+        "id": f"s{i}",
+        "seed_id": "d0",
+        "seed_text": _text(0),
+        "text": text,
+        "num_tokens": 20,
+        "finish_reason": "length" if i in cut else "stop",
+      }
       for i, text in enumerate(texts)
     ),
   )
   writer.finish()
 
 
-def _rows(run_folder):
+def _rows(run_folder, **changes):
   config = SyntheticRowsStageConfig(
     filter=DocumentFilterConfig(min_tokens=4, max_repetition=0.3, max_jaccard=0.5),
     quality=QualityConfig(sample_size=100),
     seq_len=64,
     shingle_size=3,
     seed=0,
+    **changes,
   )
   inputs = {"tokens": "tokens", "tokenizer": "tokenizer", "samples": "samples"}
   run_stage(Stage("synthetic/sbp", synthetic_rows, config, inputs), run_folder, _QUIET)
@@ -256,37 +273,124 @@ def test_rows_hold_what_passed_and_the_dropped_are_kept_with_the_reason(run_fold
   assert (len(source), segments) == (artifact.summary["rows"]["records"], 2)
 
 
+def test_a_cut_document_is_trained_on_without_an_end_token_or_not_at_all(run_folder):
+  _write_samples(run_folder, [_text(100), _text(101), "ban " * 12], cut=(1, 2))
+  artifact = _rows(run_folder)
+  assert (artifact.summary["counts"]["kept"], artifact.summary["counts"]["cut"]) == (2, 1)
+  end = tokenizer.load_tokenizer(run_folder / "tokenizer" / "tokenizer").eos_id
+  (row,) = rows.open_rows(artifact, seq_len=64, prefix="rows.")
+  last = {int(segment): row["tokens"][row["segment_ids"] == segment][-1] for segment in (1, 2)}
+  assert (last[1] == end, last[2] == end) == (True, False)
+  shutil.rmtree(artifact.folder)
+  artifact = _rows(run_folder, cut_documents="drop")
+  assert (artifact.summary["counts"]["kept"], artifact.summary["counts"]["cut"]) == (1, 1)
+  dropped = {r["id"]: r["reason"] for r in artifact.read_jsonl("_dropped.jsonl")}
+  assert dropped == {"s1": "cut", "s2": "looping"}
+
+
+def test_a_character_that_the_cut_has_split_is_left_out(run_folder):
+  opened = tokenizer.load_tokenizer(run_folder / "tokenizer" / "tokenizer")
+  ids = opened.encode("ban \N{SNOWMAN}")
+  options = dict(source="s", seed_document=None, prompt=[1], tokenizer=opened)
+  for tokens, reason, text in ((ids, "stop", "ban \N{SNOWMAN}"), (ids[:-1], "length", "ban ")):
+    record = sbp.synthetic_record(0, completion=Completion(tokens, reason), **options)
+    assert record["text"] == text
+
+
+@pytest.mark.parametrize("action", ["drop", "mark"])
+def test_samples_with_benchmark_items_are_dropped_or_marked_and_counted(
+  action, run_folder, tmp_path
+):
+  folder = tmp_path / "benchmarks"
+  folder.mkdir()
+  question = " ".join(_text(100).split()[2:9])
+  (folder / "quiz.jsonl").write_text(f'{{"question": "{question}"}}\n')
+  _write_samples(run_folder, [_text(100), "ban " * 12, _text(101)])
+  config = CheckedSyntheticRowsStageConfig(
+    filter=DocumentFilterConfig(min_tokens=4, max_repetition=0.3, max_jaccard=0.5),
+    quality=QualityConfig(sample_size=100),
+    seq_len=64,
+    shingle_size=3,
+    seed=0,
+    decontamination=DecontaminationConfig(data_dir=str(folder), action=action),
+  )
+  inputs = {"tokens": "tokens", "tokenizer": "tokenizer", "samples": "samples"}
+  run_stage(Stage("synthetic/sbp", checked_synthetic_rows, config, inputs), run_folder, _QUIET)
+  artifact = artifacts.open_artifact(run_folder / "synthetic/sbp")
+  kept = ["s2"] if action == "drop" else ["s0", "s2"]
+  assert [r["id"] for r in artifact.read_jsonl("documents.jsonl")] == kept
+  assert [r["id"] for r in artifact.read_jsonl("_contaminated.jsonl")] == ["s0"]
+  dropped = {r["id"]: r["reason"] for r in artifact.read_jsonl("_dropped.jsonl")}
+  assert dropped == {"s1": "looping"} | ({"s0": "benchmark"} if action == "drop" else {})
+  counts, found = (artifact.summary[name] for name in ("counts", "decontamination"))
+  assert (counts["benchmark"], counts["kept"]) == (1, len(kept))
+  assert (found["documents"], found["contaminated"]) == (2, 1)
+  assert found["tasks"]["quiz"]["items_hit"] == 1
+
+
 def test_filters_that_drop_everything_are_an_error(run_folder):
   _write_samples(run_folder, ["ban " * 12, _text(0)])
   with pytest.raises(ValueError, match=r"dropped all 2 documents .*'looping': 1"):
     _rows(run_folder)
 
 
-def test_relevance_tells_syntheses_of_the_seed_from_syntheses_of_anything(tmp_path):
-  # Documents of four topics of their own words; pairs and syntheses keep to the topic.
+def _relevance(tmp_path, *, group_of, method="tfidf_svd"):
+  """Measures documents of four topics of their own words; syntheses keep to the topic."""
+
   def topic(number, seed):
     return " ".join(random.Random(seed).choices(_WORDS[8 * number : 8 * number + 8], k=20))
 
   writer = artifacts.Writer(tmp_path / "tokens", config={}, inputs={})
   for role, start in (("unique", 0), ("test", 100)):
-    records = [{"id": f"{role}{i}", "text": topic(i % 4, start + i)} for i in range(40)]
+    records = [
+      {
+        "id": f"{role}{i}",
+        "document": f"{role}{i}",
+        "group": group_of(i),
+        "text": topic(i % 4, start + i),
+      }
+      for i in range(40)
+    ]
     writer.write_jsonl(f"{role}.jsonl", records)
   writer.finish()
   writer = artifacts.Writer(tmp_path / "pairs", config={}, inputs={})
-  writer.write_jsonl("test.jsonl", [{"d1": f"test{i}", "d2": f"test{i + 4}"} for i in range(20)])
+  # Pairs of the search, which are of different topics.
+  writer.write_jsonl("test.jsonl", [{"d1": f"test{i}", "d2": f"test{i + 1}"} for i in range(20)])
   writer.finish()
+  artifacts.Writer(tmp_path / "embeddings", config={}, inputs={}).finish({"method": method})
   writer = artifacts.Writer(tmp_path / "synthetic", config={}, inputs={})
   writer.write_jsonl(
     "documents.jsonl",
-    [{"seed_text": topic(i % 4, i), "text": topic(i % 4, 200 + i)} for i in range(40)],
+    [
+      {"seed_id": f"unique{i}", "seed_text": topic(i % 4, i), "text": topic(i % 4, 200 + i)}
+      for i in range(40)
+    ],
   )
   writer.finish()
   config = RelevanceStageConfig(dim=4, sample_size=30, seed=0)
-  inputs = {"tokens": "tokens", "pairs": "pairs", "synthetic": "synthetic"}
+  inputs = {name: name for name in ("tokens", "embeddings", "pairs", "synthetic")}
   run_stage(Stage("relevance", relevance, config, inputs), tmp_path, _QUIET)
-  summary = artifacts.open_artifact(tmp_path / "relevance").summary
+  return artifacts.open_artifact(tmp_path / "relevance").summary
+
+
+def test_relevance_is_measured_against_documents_that_are_related_by_their_group(tmp_path):
+  summary = _relevance(tmp_path, group_of=lambda i: f"topic{i % 4}")
+  assert summary["real_pairs"] == "two documents of one group"
   assert summary["own"]["value"] > summary["random"]["value"] + 0.3
-  assert summary["retained_share"] == pytest.approx(1.0, abs=0.2)
+  assert summary["retained_share"]["value"] == pytest.approx(1.0, abs=0.2)
+  assert summary["real"]["num_groups"] == 4
+
+
+def test_relevance_without_groups_is_not_measured_against_pairs_of_its_own_choice(tmp_path):
+  summary = _relevance(tmp_path, group_of=str)
+  assert (summary["real"], summary["real_pairs"], summary["retained_share"]) == (None, None, None)
+  assert summary["own"]["value"] > summary["random"]["value"]
+
+
+def test_relevance_without_groups_is_measured_against_pairs_of_another_embedding(tmp_path):
+  summary = _relevance(tmp_path, group_of=str, method="seed_model")
+  assert summary["real_pairs"] == "neighbors in the run's own embedding"
+  assert abs(summary["real"]["value"]) < 0.2
 
 
 def test_pairs_are_packed_with_each_held_out_d2_in_the_same_place_of_both_gap_files(tmp_path):
@@ -303,7 +407,13 @@ def test_pairs_are_packed_with_each_held_out_d2_in_the_same_place_of_both_gap_fi
     texts = [topic(i % 4, start + i) for i in range(24)]
     lengths = [len(trained.encode(text)) for text in texts]
     records = [
-      {"id": f"{part}{i}", "text": text, "num_tokens": length}
+      {
+        "id": f"{part}{i}",
+        "document": f"{part}{i}",
+        "group": f"group{i // 8}",
+        "text": text,
+        "num_tokens": length,
+      }
       for i, (text, length) in enumerate(zip(texts, lengths))
     ]
     writer.write_jsonl(f"{part}.jsonl", records)
@@ -312,7 +422,7 @@ def test_pairs_are_packed_with_each_held_out_d2_in_the_same_place_of_both_gap_fi
   embeddings = Stage("embeddings", tfidf_embeddings, TfidfEmbeddingsConfig(dim=4, seed=0), inputs)
   run_stage(embeddings, tmp_path, _QUIET)
   config = PairsStageConfig(
-    search=SearchConfig(num_neighbors=3),
+    search=SearchConfig(num_neighbors=12),
     filters=PairFilterConfig(
       min_similarity=0.5, max_jaccard=0.5, max_uses_per_target=4, max_pairs_per_seed=2
     ),
@@ -330,6 +440,10 @@ def test_pairs_are_packed_with_each_held_out_d2_in_the_same_place_of_both_gap_fi
   topics = [[int(pair[d][6:]) % 4 for d in ("d1", "d2")] for pair in nearest]
   assert len(nearest) > 20
   assert all(d1 == d2 for d1, d2 in topics)
+  groups = [[int(pair[d][6:]) // 8 for d in ("d1", "d2")] for pair in nearest]
+  assert all(d1 != d2 for d1, d2 in groups)
+  assert artifact.summary["same_group_share"]["unique"] == 0.0
+  assert artifact.summary["method"]["unique"] == "exact"
   control = list(artifact.read_jsonl("random-unique.jsonl"))
   assert sorted(pair["d2"] for pair in control) == sorted(pair["d2"] for pair in nearest)
 
@@ -365,7 +479,7 @@ def test_the_seed_model_embeds_each_document_by_itself(run_folder, monkeypatch, 
   inputs = {"tokens": "tokens-of-all", "tokenizer": "tokenizer", "seed": "model"}
   run_stage(Stage("embeddings", model_embeddings, config, inputs), run_folder, _QUIET)
   artifact = artifacts.open_artifact(run_folder / "embeddings")
-  flops = 8 * 9 * model.c.forward_flops_per_token(64)
+  flops = 8 * 10 * model.c.forward_flops_per_token(10)  # 9 tokens and BOS
   assert artifact.summary == {"method": "seed_model", "tokens": 8 * 9, "flops": flops}
   unique_CE, validation_CE, test_CE = (
     np.asarray(embedding.open_embeddings(artifact.path(f"{part}.zarr"))[:].read().result())

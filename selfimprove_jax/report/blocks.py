@@ -1,12 +1,11 @@
 """A report as data, which the HTML page, the terminal and report.json show.
 
-A pipeline builds a `Report` from frozen blocks. Cells hold numbers rather than formatted text;
-`formatting` writes them. The pipeline also gives colors and markers, as `Style`, so the renderers
-need no knowledge of arms or methods.
+A pipeline builds a `Report` from frozen blocks. Cells hold numbers, which `formatting` writes. The
+pipeline also gives colors and markers, so the renderers need not know its arms or methods.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Color = Literal[
@@ -19,7 +18,7 @@ Form = Literal["fixed", "general", "percent", "short", "seconds"]
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """The color and the marker of a series, the same in every table and figure of a report."""
+  """Gives a series its color and marker, the same in every table and figure of a report."""
 
   color: Color
   marker: Marker = "swatch"
@@ -27,10 +26,10 @@ class Style:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """A number and the way to write it.
+  """Holds a number and how to write it.
 
   Attributes:
-    value: None and values that are not finite are shown as a dash.
+    value: None, NaN and infinities are shown as a dash.
     stderr: standard error, shown after a plus-minus sign.
     form: `fixed` 3.957, `general` 3.957e+05, `percent` 40%, `short` 1.58M, `seconds` 2 min 05 s.
     digits: decimals of `fixed` (3) and `percent` (0), significant digits of `general` (4).
@@ -54,7 +53,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-  """The name of a series after its marker in its color."""
+  """Shows the name of a series after its marker in its color."""
 
   text: str
   style: Style
@@ -62,14 +61,14 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-  """Several lines in one cell; those below the first are smaller."""
+  """Stacks several lines in one cell; those below the first are smaller."""
 
   lines: "tuple[Cell, ...]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-  """A bar on the scale of the largest bar in its table."""
+  """Shows a bar, scaled by the largest bar in its table."""
 
   value: Real
 
@@ -81,12 +80,11 @@ Cell = Scalar | Number | Interval | Label | Stack | Bar | list | tuple | Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-  """A column of a table.
+  """Describes a column of a table.
 
   Attributes:
-    header: what the column holds.
-    is_text: sets the cells to the left; numbers are set to the right.
-    brief: shown in the terminal too, where there is less room.
+    is_text: aligns the cells to the left; numbers are aligned to the right.
+    brief: shown in the terminal too, which has less room than the page.
     code: sets the cells in a monospaced font.
   """
 
@@ -98,11 +96,9 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """A table; one that is too wide for the screen scrolls, and its first column stays.
+  """Shows a table; `total` is a last row that is set apart.
 
-  Attributes:
-    rows: a cell for each column.
-    total: a last row that is set apart, or nothing.
+  A table that is too wide for the screen scrolls sideways, except for its first column.
   """
 
   columns: tuple[Column, ...]
@@ -114,9 +110,24 @@ class Table:
     return max([cell.value for row in self.rows for cell in row if isinstance(cell, Bar)] or [0])
 
 
+def table(
+  rows: Sequence[Mapping[str, Cell]], *, text: Sequence[str], page_only: Sequence[str] = ()
+) -> Table:
+  """Makes a table from rows as header -> cell, at least one, all with the same headers.
+
+  Args:
+    text: headers of the columns with text, which are aligned to the left.
+    page_only: headers of the columns that the terminal leaves out.
+  """
+  columns = tuple(
+    Column(header, is_text=header in text, brief=header not in page_only) for header in rows[0]
+  )
+  return Table(columns, tuple(tuple(row.values()) for row in rows))
+
+
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """A paragraph. A `warning` is set in a box, `code` is shown as it is typed."""
+  """Shows a paragraph: a `warning` in a box, `code` without reflowing."""
 
   text: str
   kind: Literal["plain", "note", "warning", "code"] = "plain"
@@ -124,7 +135,7 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """Names and values, one line each. Names that are `verbatim` are identifiers, not words."""
+  """Lists names and values; `verbatim` shows names as identifiers rather than words."""
 
   values: Mapping[str, Cell]
   verbatim: bool = False
@@ -132,7 +143,7 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Excerpt:
-  """A text with a heading and a few words about it; None is shown as a dash."""
+  """Holds a text with a heading and a few words about it; None is shown as a dash."""
 
   heading: str
   about: str
@@ -141,7 +152,7 @@ class Excerpt:
 
 @dataclasses.dataclass(frozen=True)
 class TextPair:
-  """Two texts side by side."""
+  """Shows two texts side by side."""
 
   left: Excerpt
   right: Excerpt
@@ -149,14 +160,14 @@ class TextPair:
 
 @dataclasses.dataclass(frozen=True)
 class Legend:
-  """Names of series with their markers, or with a swatch of their color."""
+  """Names series with their markers, or with a swatch of their color."""
 
   labels: tuple[Label, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """An axis: its label, how its numbers are written, its range (None for that of the data)."""
+  """Describes an axis; `form` formats its ticks, `range` None fits the data."""
 
   label: str
   form: Form = "general"
@@ -166,12 +177,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One line of a plot through its points.
-
-  Attributes:
-    half_widths: half the error bar of each point, or nothing.
-    markers: which points are marked.
-  """
+  """Draws one line of a plot; `half_widths` are half the error bars of its points, if any."""
 
   style: Style
   x: tuple[Real, ...]
@@ -183,17 +189,18 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class LinePlot:
-  """Lines over a common x axis. `skip_start` cuts off the first steep part of loss curves."""
+  """Plots lines; `zero` draws one at 0, `skip_start` cuts off the steep start of loss curves."""
 
   lines: tuple[Line, ...]
   x: Axis
   y: Axis
   skip_start: bool = False
+  zero: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One row of a point plot: a value, its interval, and optionally a narrower one."""
+  """Describes one row of a point plot: a value, its interval, and optionally a narrower one."""
 
   label: str
   style: Style
@@ -204,7 +211,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class PointPlot:
-  """Points with intervals, a row each. `zero` draws the line of no difference."""
+  """Plots points with intervals, a row each; `zero` draws a line at 0."""
 
   points: tuple[Point, ...]
   x: Axis
@@ -213,7 +220,7 @@ class PointPlot:
 
 @dataclasses.dataclass(frozen=True)
 class BarPlot:
-  """Stacked bars, a row each: (label, width of each part)."""
+  """Plots stacked bars, a row each: (label, width of each part)."""
 
   bars: tuple[tuple[str, tuple[Real, ...]], ...]
   styles: tuple[Style, ...]  # of the parts
@@ -222,7 +229,7 @@ class BarPlot:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-  """Counts of values in bins of equal width."""
+  """Plots counts of values in bins of equal width."""
 
   values: tuple[Real, ...]
   x: Axis
@@ -232,7 +239,7 @@ class Histogram:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A plot with the title that screen readers read and a caption."""
+  """Shows a plot with a caption; screen readers read the title."""
 
   title: str
   plot: LinePlot | PointPlot | BarPlot | Histogram
@@ -241,39 +248,38 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-  """Blocks under a heading, which may be empty; a section without blocks is not shown.
+  """Shows blocks under a heading, which may be empty; a section without blocks is not shown.
 
-  Attributes:
-    in_summary: printed at the end of a run; the other sections are on the page, and in the
-      terminal when examples are asked for.
+  The terminal prints sections `in_summary`; the others are on the page, and printed on request.
   """
 
   title: str
-  blocks: "tuple[Block, ...]"
+  blocks: "Blocks"
   in_summary: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Blocks side by side, below each other on a narrow screen."""
+  """Shows blocks side by side, or below each other on a narrow screen."""
 
-  blocks: "tuple[Block, ...]"
+  blocks: "Blocks"
 
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-  """Blocks that are hidden until the summary line is clicked; not shown in the terminal."""
+  """Hides blocks until the summary line is clicked; the terminal does not show them."""
 
   summary: str
-  blocks: "tuple[Block, ...]"
+  blocks: "Blocks"
 
 
 Block = Table | Text | Facts | TextPair | Legend | Figure | Section | Grid | Details
+Blocks = tuple[Block, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A statement that the run supports (True), contradicts (False) or does not decide (None)."""
+  """States what the run supports (True), contradicts (False) or does not decide (None)."""
 
   name: str
   holds: bool | None

@@ -1,0 +1,184 @@
+"""Metrics of scored examples; the formulation stands in each name.
+
+A metric maps a record of `evaluation.scoring` to a numerator and a denominator. Its value is their
+ratio over all records, with a standard error that is clustered by group; perplexities are the
+exponential of such a ratio. A mean over groups ("macro") weighs each group's records by one over
+their number.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from selfimprove_jax.evaluation import statistics
+from selfimprove_jax.evaluation.statistics import Estimate
+from selfimprove_jax.evaluation.tasks.items import Record
+
+Parts = Callable[[Record], tuple[float, float]]
+
+
+def predicted(record: Record, divide_by: str | None = None) -> int:
+  """Returns the choice of the largest log-likelihood; the first of equals, as argmax does.
+
+  Args:
+    divide_by: "characters" or "bytes" of the choice, without the space before it.
+  """
+  sizes = {
+    None: lambda text: 1,
+    "characters": len,
+    "bytes": lambda text: len(text.encode()),
+  }[divide_by]
+  values = [lp / sizes(text) for lp, text in zip(record["logprobs"], record["choices"])]
+  return int(np.argmax(values))
+
+
+def _accuracy(divide_by: str | None) -> Parts:
+  return lambda record: (float(predicted(record, divide_by) in record["gold"]), 1.0)
+
+
+def _any_gold_is_greedy(record: Record) -> tuple[float, float]:
+  return float(any(record["greedy"][index] for index in record["gold"])), 1.0
+
+
+def _gold_nll(record: Record) -> tuple[float, float]:
+  return -record["logprobs"][record["gold"][0]], 1.0
+
+
+def _gold_nll_among_choices(record: Record) -> tuple[float, float]:
+  logprobs = np.array(record["logprobs"])
+  return float(np.logaddexp.reduce(logprobs) - logprobs[record["gold"][0]]), 1.0
+
+
+def _is_correct(record: Record) -> tuple[float, float]:
+  return float(record["correct"]), 1.0
+
+
+def plain(text: str) -> str:
+  """Returns a text without case and punctuation, as answers are compared."""
+  return re.sub(f"[{re.escape(string.punctuation)}]", "", text.strip().lower())
+
+
+def _nats_per_token(record: Record) -> tuple[float, float]:
+  return -record["logprobs"][0], float(record["num_tokens"][0])
+
+
+def _bits_per_byte(record: Record) -> tuple[float, float]:
+  return -record["logprobs"][0] / math.log(2), float(record["num_bytes"])
+
+
+# Name -> its parts, its unit, and whether the value is the exponential of the ratio.
+METRICS: dict[str, tuple[Parts, str, bool]] = {
+  "acc": (_accuracy(None), "accuracy", False),
+  "acc_micro": (_accuracy(None), "accuracy over questions", False),
+  "acc_macro": (_accuracy(None), "accuracy, mean over groups", False),
+  "acc_norm": (_accuracy("characters"), "accuracy", False),
+  "acc_bytes": (_accuracy("bytes"), "accuracy", False),
+  "greedy_acc": (_any_gold_is_greedy, "accuracy", False),
+  "exact_match": (_is_correct, "accuracy", False),
+  "number_match": (_is_correct, "accuracy", False),
+  "math_match": (_is_correct, "accuracy", False),
+  "ppl": (_gold_nll, "perplexity over the vocabulary", True),
+  "ppl_choices": (
+    _gold_nll_among_choices,
+    "perplexity of the right choice among the choices",
+    True,
+  ),
+  "ppl_word": (_gold_nll, "perplexity per word", True),
+  "ppl_token": (_nats_per_token, "perplexity per token", True),
+  "bits_per_byte": (_bits_per_byte, "bits per byte", False),
+}
+
+
+def is_accuracy(name: str) -> bool:
+  """Tells whether a metric is a share of right answers."""
+  return METRICS[name][1].startswith("accuracy")
+
+
+def estimate(name: str, records: Sequence[Record]) -> Estimate:
+  """Estimates a metric over the records of one task, with errors clustered by group."""
+  parts, unit, is_exponential = METRICS[name]
+  groups = [record["group"] for record in records]
+  tops, bottoms = np.array([parts(record) for record in records]).T
+  weights = _weights(name, groups)
+  found = statistics.ratio(tops * weights, bottoms * weights, unit, groups=groups)
+  if not is_exponential:
+    return found
+  value = math.exp(found.value)
+  return statistics.Estimate(value, value * found.stderr, unit, found.num_groups)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """How a second run differs from a first one on the same examples.
+
+  Attributes:
+    difference: second minus first, paired by example; of mean nats for a perplexity.
+    won, lost, tied: examples on which the second run is better, worse, and equal.
+  """
+
+  difference: Estimate
+  won: int
+  lost: int
+  tied: int
+
+
+def compare(name: str, first: Sequence[Record], second: Sequence[Record]) -> Comparison:
+  """Compares a metric of two runs, whose records are of the same examples in the same order.
+
+  Raises:
+    ValueError: the metric divides by other numbers of tokens in the two runs.
+  """
+  parts, unit, is_exponential = METRICS[name]
+  tops_1, bottoms = np.array([parts(record) for record in first]).T
+  tops_2, bottoms_2 = np.array([parts(record) for record in second]).T
+  if len(differing := np.flatnonzero(bottoms != bottoms_2)):
+    index = differing[0]
+    raise ValueError(
+      f"{first[index]['id']} has {bottoms[index]:g} tokens in one run and {bottoms_2[index]:g} in "
+      f"the other, so {name} is not of the same thing: the tokenizers differ"
+    )
+  changes = tops_2 - tops_1
+  groups = [record["group"] for record in first]
+  weights = _weights(name, groups)
+  unit = "nats" if is_exponential else unit
+  difference = statistics.ratio(changes * weights, bottoms * weights, unit, groups=groups)
+  gains = changes if is_accuracy(name) else -changes
+  won, lost = int((gains > 0).sum()), int((gains < 0).sum())
+  return Comparison(difference, won, lost, len(changes) - won - lost)
+
+
+def _weights(name: str, groups: Sequence[str]) -> np.ndarray:
+  counts = collections.Counter(groups)
+  is_macro = name.endswith("_macro")
+  return np.array([1.0 / counts[group] if is_macro else 1.0 for group in groups])
+
+
+def chance(name: str, records: Sequence[Record]) -> float | None:
+  """Returns what guessing one of the choices gives; 0 where there are none, None if no accuracy."""
+  if not is_accuracy(name):
+    return None
+  if not name.startswith("acc"):
+    return 0.0
+  shares = [len(set(record["gold"])) / len(record["choices"]) for record in records]
+  weights = _weights(name, [record["group"] for record in records])
+  return float(np.average(shares, weights=weights))
+
+
+def worst_and_best(records: Sequence[Record], number: int) -> tuple[list[Any], list[Any]]:
+  """Returns the records with the smallest and the largest likelihood of what is right."""
+
+  def key(record: Record) -> float:
+    if "generation" in record:
+      return float(record["correct"])
+    if len(record["logprobs"]) > 1:
+      return -_gold_nll_among_choices(record)[0]
+    return record["logprobs"][0] / record["num_tokens"][0]
+
+  ranked = sorted(records, key=key)
+  return list(ranked[:number]), list(ranked[::-1][:number])
