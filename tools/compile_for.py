@@ -191,7 +191,8 @@ def _lower_sampling(config: Any, program: str, devices: list[Any]) -> tuple[Any,
   programs = decode.make_programs(c, mesh)
   params = abstract_params(decode_layout.DecodeLlama(c), mesh)
   new_rows = functools.partial(engine.new_rows, [], eos_ids=(0,), pad_id=0)
-  rows, cache = jax.eval_shape(functools.partial(programs.make, length=length), new_rows(B))
+  # Not `jax.eval_shape`: inside it, a jitted function may have no compiler options.
+  rows, cache = programs.make.eval_shape(new_rows(B), length=length)
   rows = _with_sharding(rows, partitioning.replicated(mesh))
   cache = _with_sharding(cache, decode.cache_sharding(mesh))
   ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)

@@ -14,7 +14,7 @@ import jaxtyping
 import pytest
 from jax.sharding import PartitionSpec
 
-from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.runtime import partitioning, xla_options
 from tools import compile_for, hlo_collectives
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -77,8 +77,10 @@ def no_type_checks():
   ],
 )
 def test_the_programs_of_a_page_are_lowered_with_its_batches_and_meshes(
-  smoke, program, batch, mesh, no_type_checks
+  smoke, program, batch, mesh, no_type_checks, monkeypatch
 ):
+  # As on a processor with AVX-512: the programs have compiler options.
+  monkeypatch.setattr(xla_options, "for_platform", lambda _: {"xla_cpu_prefer_vector_width": 512})
   lowered, facts = compile_for.lower(smoke, program, jax.devices())
   assert (facts["batch"], facts["mesh"], facts["num_layers"]) == (batch, mesh, 3)
   assert "main" in lowered.as_text()
