@@ -28,7 +28,7 @@ from selfimprove_jax.evaluation.tasks import builtin
 from selfimprove_jax.evaluation.tasks.items import Document, Example
 from selfimprove_jax.language_models import local
 from selfimprove_jax.language_models.protocol import ScoreRequest
-from selfimprove_jax.pipelines.evaluation.stages import ExamplesConfig, read_examples
+from selfimprove_jax.pipelines.common.benchmarks import ExamplesConfig, read_examples
 from selfimprove_jax.runtime import allocator, partitioning
 
 KINDS = {

@@ -90,7 +90,7 @@ def _differing(one: str, other: str) -> str:
 
 def row(name: str, first: Evaluation, second: Evaluation) -> dict[str, str]:
   """Returns the cells of a metric; raises ValueError like `metrics.compare`."""
-  found = metrics.compare(name, first.records, second.records)
+  found = metrics.compare(name, [first.records], [second.records])
   is_accuracy, is_perplexity = metrics.is_accuracy(name), metrics.METRICS[name][2]
   form: dict[str, Any] = {"form": "percent", "digits": 1} if is_accuracy else {}
   values = [

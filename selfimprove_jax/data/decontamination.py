@@ -38,9 +38,10 @@ class DecontaminationConfig:
 
   Attributes:
     data_dir: a folder with a JSON-lines file for each task (`.jsonl` or `.jsonl.gz`), whose name is
-      that of the file; None checks nothing.
+      that of the file. With None, a pipeline checks against the benchmarks that it scores, if any.
     tasks: the tasks that are read; empty reads all files.
-    action: "drop" leaves out the documents that contain an item, "mark" only lists them.
+    action: "drop" leaves out the documents that contain an item, "mark" only lists them, "off"
+      checks nothing.
     run_words: items share this many consecutive words with a document that contains them; two
       characters of a script without spaces count as one word.
     min_words: texts of items that are shorter are not looked for; the items that have no others are
@@ -51,7 +52,7 @@ class DecontaminationConfig:
 
   data_dir: str | None = None
   tasks: tuple[str, ...] = ()
-  action: Literal["drop", "mark"] = "drop"
+  action: Literal["drop", "mark", "off"] = "drop"
   run_words: Annotated[int, Field(ge=2)] = 13
   min_words: Annotated[int, Field(ge=1)] = 5
   num_worst: Annotated[int, Field(ge=0)] = 10
@@ -265,13 +266,18 @@ def open_benchmarks(config: DecontaminationConfig) -> Benchmarks:
   return Benchmarks(texts, run_words=config.run_words, min_words=config.min_words)
 
 
+def task_of(file_name: str) -> str:
+  """Returns the task whose items a file holds: its name without the suffix."""
+  suffix = next((suffix for suffix in _SUFFIXES if file_name.endswith(suffix)), "")
+  return file_name.removesuffix(suffix)
+
+
 def _files(folder: pathlib.Path, tasks: Sequence[str]) -> dict[str, pathlib.Path]:
   """Returns task -> file, by name."""
   files = {}
   for path in sorted(folder.glob("*")):
-    for suffix in _SUFFIXES:
-      if path.name.endswith(suffix) and path.is_file() and not path.name.startswith("."):
-        files[path.name.removesuffix(suffix)] = path
+    if path.name.endswith(_SUFFIXES) and path.is_file() and not path.name.startswith("."):
+      files[task_of(path.name)] = path
   if not files:
     raise ValueError(
       f"decontamination.data_dir={str(folder)!r} must be a folder with a JSON-lines file for each "

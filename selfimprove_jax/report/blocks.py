@@ -45,10 +45,13 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A confidence interval, written with signs: `-0.05 to +0.07`."""
+  """A confidence interval, by default with signs: `-0.050 to +0.070`; `form` as in `Number`."""
 
   low: Real
   high: Real
+  form: Form = "fixed"
+  digits: int | None = None
+  signed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

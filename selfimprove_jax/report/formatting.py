@@ -22,8 +22,8 @@ def text(cell: Any) -> str:
       return "yes" if cell else "no"
     case Number():
       return _number(cell)
-    case Interval(low, high):
-      return interval((low, high))
+    case Interval():
+      return _interval(cell)
     case Label(label):
       return label
     case Stack(lines):
@@ -90,9 +90,15 @@ def signed(value: Real | None) -> str:
 
 def interval(low_high: Sequence[Real]) -> str:
   """Writes an interval as `+0.019 to +0.095`; an infinite one, of a single group, is unknown."""
-  if not all(map(math.isfinite, low_high)):
+  return _interval(Interval(*low_high))
+
+
+def _interval(found: Interval) -> str:
+  ends = (found.low, found.high)
+  if not all(map(math.isfinite, ends)):
     return "unknown"
-  return f"{signed(low_high[0])} to {signed(low_high[1])}"
+  form = {"form": found.form, "digits": found.digits, "signed": found.signed}
+  return " to ".join(_number(Number(end, **form)) for end in ends)
 
 
 def percent(share: Real | None, digits: int = 0) -> str:

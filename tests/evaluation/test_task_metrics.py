@@ -94,3 +94,39 @@ def test_the_worst_and_the_best_are_those_of_the_right_choice():
 
 def test_answers_are_compared_without_case_and_punctuation():
   assert metrics.plain(" St. John's! ") == "st johns"
+
+
+def _records(nats, *, tokens=4):
+  return [
+    {"id": f"t:{i}", "group": f"g{i}", "logprobs": [-n], "num_tokens": [tokens]}
+    for i, n in enumerate(nats)
+  ]
+
+
+def test_several_trainings_count_with_their_mean_per_example():
+  trainings = [_records([8.0, 12.0, 9.0]), _records([10.0, 10.0, 11.0])]
+  means = _records([9.0, 11.0, 10.0])
+  assert metrics.estimate("ppl_token", *trainings) == metrics.estimate("ppl_token", means)
+  other = [_records([7.0, 9.0, 12.0])]
+  found = metrics.compare("ppl_token", trainings, other)
+  assert found == metrics.compare("ppl_token", [means], other)
+  assert (found.won, found.lost, found.tied) == (2, 1, 0)
+
+
+def test_a_perplexity_changes_in_its_own_unit_with_the_error_of_the_delta_method():
+  rng = np.random.default_rng(0)
+  nats = rng.normal(8, 1, (2, 400))
+  nats[1] = nats[0] + rng.normal(-0.4, 0.2, 400)
+  first, second = map(_records, nats)
+  found = metrics.compare("ppl_token", [first], [second]).change
+  values = [metrics.estimate("ppl_token", records) for records in (first, second)]
+  assert found.value == pytest.approx(values[1].value - values[0].value)
+  draws = rng.integers(400, size=(4000, 400))
+  perplexities = np.exp(nats[:, draws].mean(axis=2) / 4)
+  assert found.stderr == pytest.approx((perplexities[1] - perplexities[0]).std(), rel=0.1)
+  assert found.stderr < values[0].stderr / 2  # paired
+
+
+def test_models_on_other_examples_are_not_compared():
+  with pytest.raises(ValueError, match="acc is not of the same examples"):
+    metrics.compare("acc", [[_record([0.0, -1.0])]], [[_record([0.0, -1.0]) | {"id": "t:2"}]])

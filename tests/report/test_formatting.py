@@ -50,6 +50,8 @@ def test_times_carry_over(seconds, text):
     (Number(61, form="seconds"), "1 min 01 s"),
     (Number(0.123456, form="general"), "0.1235"),
     (Interval(-0.05, 0.07), "\N{MINUS SIGN}0.050 to +0.070"),
+    (Interval(-0.05, 0.07, form="percent", digits=1), "\N{MINUS SIGN}5.0% to +7.0%"),
+    (Interval(0.05, math.inf, signed=False), "unknown"),
     (Label("SBP", Style("blue")), "SBP"),
     (Stack((Number(1.5), "x")), "1.500, x"),
     (True, "yes"),

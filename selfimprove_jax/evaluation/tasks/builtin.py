@@ -356,3 +356,16 @@ def get(name: str) -> Task:
       f"is the path of a .yaml file"
     )
   return TASKS[name]
+
+
+def named(tasks: str) -> dict[str, tuple[str, Task]]:
+  """Returns the tasks of a comma-separated list by name, each with what the list calls it.
+
+  Raises:
+    ValueError: like `get`; or the list has a task twice.
+  """
+  paths = [path.strip() for path in tasks.split(",") if path.strip()]
+  found = {(task := get(path)).name: (path, task) for path in paths}
+  if len(found) != len(paths):
+    raise ValueError(f"tasks={tasks!r} must name no task twice")
+  return found

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.evaluation.statistics import Estimate
@@ -100,13 +101,17 @@ def is_accuracy(name: str) -> bool:
   return METRICS[name][1].startswith("accuracy")
 
 
-def estimate(name: str, records: Sequence[Record]) -> Estimate:
-  """Estimates a metric over the records of one task, with errors clustered by group."""
-  parts, unit, is_exponential = METRICS[name]
-  groups = [record["group"] for record in records]
-  tops, bottoms = np.array([parts(record) for record in records]).T
-  weights = _weights(name, groups)
-  found = statistics.ratio(tops * weights, bottoms * weights, unit, groups=groups)
+def estimate(name: str, *trainings: Sequence[Record]) -> Estimate:
+  """Estimates a metric over the records of one task, with errors clustered by group.
+
+  Args:
+    trainings: the records of each training of a model, on the same examples in the same order. What
+      an example counts is its mean over the trainings; the error is not that of their seeds.
+  """
+  _, unit, is_exponential = METRICS[name]
+  groups = [record["group"] for record in trainings[0]]
+  tops, bottoms = _mean_parts(name, trainings)
+  found = statistics.ratio(tops, bottoms, unit, groups=groups)
   if not is_exponential:
     return found
   value = math.exp(found.value)
@@ -115,42 +120,73 @@ def estimate(name: str, records: Sequence[Record]) -> Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """How a second run differs from a first one on the same examples.
+  """How a second model differs from a first one on the same examples.
 
   Attributes:
     difference: second minus first, paired by example; of mean nats for a perplexity.
-    won, lost, tied: examples on which the second run is better, worse, and equal.
+    change: second minus first in the unit of the metric, also for a perplexity.
+    won, lost, tied: examples on which the second model is better, worse, and equal.
   """
 
   difference: Estimate
+  change: Estimate
   won: int
   lost: int
   tied: int
 
 
-def compare(name: str, first: Sequence[Record], second: Sequence[Record]) -> Comparison:
-  """Compares a metric of two runs, whose records are of the same examples in the same order.
+def compare(
+  name: str, first: Sequence[Sequence[Record]], second: Sequence[Sequence[Record]]
+) -> Comparison:
+  """Compares a metric of two models on the same examples.
+
+  Args:
+    first, second: the records of each training of a model, as in `estimate`.
 
   Raises:
-    ValueError: the metric divides by other numbers of tokens in the two runs.
+    ValueError: the records are of other examples, or the metric divides by other numbers of tokens.
   """
-  parts, unit, is_exponential = METRICS[name]
-  tops_1, bottoms = np.array([parts(record) for record in first]).T
-  tops_2, bottoms_2 = np.array([parts(record) for record in second]).T
-  if len(differing := np.flatnonzero(bottoms != bottoms_2)):
-    index = differing[0]
-    raise ValueError(
-      f"{first[index]['id']} has {bottoms[index]:g} tokens in one run and {bottoms_2[index]:g} in "
-      f"the other, so {name} is not of the same thing: the tokenizers differ"
-    )
+  _, unit, is_exponential = METRICS[name]
+  groups = [record["group"] for record in first[0]]
+  _mean_parts(name, [*first, *second])  # checks that all are of the same thing
+  (tops_1, bottoms), (tops_2, _) = _mean_parts(name, first), _mean_parts(name, second)
   changes = tops_2 - tops_1
-  groups = [record["group"] for record in first]
-  weights = _weights(name, groups)
-  unit = "nats" if is_exponential else unit
-  difference = statistics.ratio(changes * weights, bottoms * weights, unit, groups=groups)
+  difference = statistics.ratio(changes, bottoms, "nats" if is_exponential else unit, groups=groups)
+  change = difference
+  if is_exponential:
+    # The delta method: the residuals of each perplexity, as if it were linear in the nats.
+    mean_1, mean_2 = (float(tops.sum() / bottoms.sum()) for tops in (tops_1, tops_2))
+    residuals = math.exp(mean_2) * (tops_2 - mean_2 * bottoms)
+    residuals -= math.exp(mean_1) * (tops_1 - mean_1 * bottoms)
+    value = math.exp(mean_2) - math.exp(mean_1)
+    change = statistics.ratio(residuals + value * bottoms, bottoms, unit, groups=groups)
   gains = changes if is_accuracy(name) else -changes
   won, lost = int((gains > 0).sum()), int((gains < 0).sum())
-  return Comparison(difference, won, lost, len(changes) - won - lost)
+  return Comparison(difference, change, won, lost, len(changes) - won - lost)
+
+
+def _mean_parts(
+  name: str, trainings: Sequence[Sequence[Record]]
+) -> tuple[Float[np.ndarray, "N"], Float[np.ndarray, "N"]]:
+  """Returns the weighted parts of each example: the mean numerator, and the denominator.
+
+  Raises:
+    ValueError: the trainings have other examples or other denominators.
+  """
+  first, groups = trainings[0], [record["group"] for record in trainings[0]]
+  parts_TN2 = np.array([[METRICS[name][0](record) for record in records] for records in trainings])
+  for records, parts_N2 in zip(trainings[1:], parts_TN2[1:]):
+    if [record["id"] for record in records] != [record["id"] for record in first]:
+      raise ValueError(f"{name} is not of the same examples: their ids or their order differ")
+    if len(differing := np.flatnonzero(parts_N2[:, 1] != parts_TN2[0, :, 1])):
+      index = differing[0]
+      raise ValueError(
+        f"{first[index]['id']} has {parts_TN2[0, index, 1]:g} tokens in one run and "
+        f"{parts_N2[index, 1]:g} in the other, so {name} is not of the same thing: the tokenizers "
+        f"differ"
+      )
+  weights = _weights(name, groups)
+  return parts_TN2[:, :, 0].mean(axis=0) * weights, parts_TN2[0, :, 1] * weights
 
 
 def _weights(name: str, groups: Sequence[str]) -> np.ndarray:

@@ -11,10 +11,11 @@ from selfimprove_jax.models.checkpoints.params_checkpoint import (
   MODEL_FILE,
   ParamsCheckpoint,
   StageCheckpoint,
+  saved_steps,
 )
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 
-__all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint"]
+__all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint", "saved_steps"]
 
 
 def open_checkpoint(path: str | os.PathLike, *, step: int | None = None) -> Checkpoint:

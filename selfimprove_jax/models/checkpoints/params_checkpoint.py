@@ -23,7 +23,7 @@ from selfimprove_jax.models.checkpoints.hf_config import check_size, read_json
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
 from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
-from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runs import artifacts, storage
 from selfimprove_jax.runtime import distributed
 from selfimprove_jax.runtime.config import parse, to_json
 from selfimprove_jax.runtime.progress import Progress
@@ -146,6 +146,11 @@ class ParamsCheckpoint(_OrbaxCheckpoint):
     return self.path / _PARAMS, self._saved["checksums"]
 
 
+def saved_steps(folder: storage.Path) -> list[int]:
+  """Returns the training steps whose checkpoints a stage's folder holds."""
+  return sorted(int(p.name) for p in (folder / _STEPS).iterdir() if p.name.isdigit())
+
+
 class StageCheckpoint(_OrbaxCheckpoint):
   """The folder of a stage that trained a model, as in `runs/sbp_quick/arms/sbp`."""
 
@@ -158,7 +163,7 @@ class StageCheckpoint(_OrbaxCheckpoint):
     if not {"model", "step", "checksums"} <= self._summary.keys():
       raise ValueError(f"the stage {self.path} trained no model")
     self.step = self._summary["step"] if step is None else step
-    steps = sorted(int(p.name) for p in (self.path / _STEPS).iterdir() if p.name.isdigit())
+    steps = saved_steps(self.path)
     if self.step not in steps:
       raise ValueError(f"{self.path} has no checkpoint of step {self.step}; it has {steps}")
 

@@ -1,4 +1,4 @@
-"""Stage that records a pretrained checkpoint, so that later stages notice when it has changed."""
+"""Records pretrained checkpoints, so that later stages notice changes, and loads models."""
 
 import functools
 from collections.abc import Mapping
@@ -73,23 +73,41 @@ def open_recorded(artifact: Artifact) -> Checkpoint:
 
 
 def load_model(
-  checkpoint: Artifact, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
+  checkpoint: Artifact,
+  mesh: LocalMeshConfig,
+  compute: ComputeConfig,
+  engine: EngineConfig,
+  *,
+  step: int | None = None,
 ) -> LocalModel:
-  """Loads the checkpoint that the stage `checkpoint` recorded.
+  """Loads the checkpoint that the stage `checkpoint` recorded, or the model that a stage trained.
 
   Stages of one process share the model: its weights are loaded and its programs compiled once.
 
+  Args:
+    step: the training step to load of a stage that trained; None for its result.
+
   Raises:
+    ValueError: `engine.max_length` exceeds the model's context.
     artifacts.ArtifactError: the checkpoint has changed since it was recorded.
   """
-  opened = open_recorded(checkpoint)
-  return _load(str(opened.path), checkpoint.summary["digest"], mesh, compute, engine)
+  if "path" in checkpoint.summary:
+    path, digest = str(open_recorded(checkpoint).path), checkpoint.summary["digest"]
+  else:
+    path, digest = str(checkpoint.folder), checkpoint.digest
+  return _load(path, digest, step, mesh, compute, engine)
 
 
 @functools.lru_cache(maxsize=1)
 def _load(
-  path: str, digest: str, mesh: LocalMeshConfig, compute: ComputeConfig, engine: EngineConfig
+  path: str,
+  digest: str,
+  step: int | None,
+  mesh: LocalMeshConfig,
+  compute: ComputeConfig,
+  engine: EngineConfig,
 ) -> LocalModel:
   del digest  # part of the key: with other files it is another model
   slots, length = engine.num_slots, engine.max_length
-  return local.load(path, mesh.make(), num_slots=slots, max_length=length, compute=compute)
+  opened = open_checkpoint(path, step=step)
+  return local.load(opened, mesh.make(), num_slots=slots, max_length=length, compute=compute)

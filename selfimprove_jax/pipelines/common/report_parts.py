@@ -137,8 +137,9 @@ def decontamination_section(found: Mapping[str, Mapping[str, Any] | None]) -> bl
   unchecked = [formatting.words(name) for name, result in found.items() if result is None]
   if unchecked:
     text = (
-      f"Nothing was checked against benchmarks ({', '.join(unchecked)}): decontamination.data_dir "
-      "names no folder of them."
+      f"Nothing was checked against benchmarks ({', '.join(unchecked)}): neither "
+      "decontamination.data_dir nor benchmarks.data_dir names a folder of them, or "
+      "decontamination.action is off."
     )
     parts.append(blocks.Text(text, "note"))
   for name, result in found.items():

@@ -61,10 +61,10 @@ class CheckedDocumentsConfig(DocumentsConfig):
 
 
 def documents_stage(
-  name: str, config: DocumentsConfig, decontamination: DecontaminationConfig
+  name: str, config: DocumentsConfig, decontamination: DecontaminationConfig | None
 ) -> Stage:
   """Returns the stage that reads a corpus, and checks it if benchmarks are named."""
-  if decontamination.data_dir is None:
+  if decontamination is None:
     # Without the section in its config, so that runs that are not checked do not depend on it.
     return Stage(name, documents, config)
   checked = CheckedDocumentsConfig(**vars(config), decontamination=decontamination)

@@ -7,7 +7,8 @@ from pydantic import Field
 from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import SpecialTokens, TokenizerConfig
 from selfimprove_jax.models.llama import LlamaConfig
-from selfimprove_jax.pipelines.common import planning
+from selfimprove_jax.pipelines.common import benchmarks, planning
+from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
 from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
 from selfimprove_jax.pipelines.continued_pretraining.stages import ExportConfig, TuningConfig
@@ -74,7 +75,8 @@ class Config:
       on the same documents.
     new_text, replay: a corpus may be trained on whole, with `split.validation_fraction` and
       `split.test_fraction` of 0; then nothing is measured on it.
-    decontamination: of both corpora.
+    benchmarks: scored with the initial and with the tuned model.
+    decontamination: of both corpora; see `checked_against`.
     model: the model to train; a checkpoint must have its shape.
     training: continued pretraining; `initial.training` configures the pretraining before it.
   """
@@ -89,6 +91,7 @@ class Config:
   initial: InitialConfig
   new_text: CorpusConfig
   replay: CorpusConfig
+  benchmarks: BenchmarksConfig = BenchmarksConfig()
   decontamination: DecontaminationConfig = DecontaminationConfig()
   tokens: TokensConfig
   model: LlamaConfig
@@ -99,6 +102,7 @@ class Config:
 
   def __post_init__(self) -> None:
     planning.check_model(self.model, dropout_knob="tuning.dropout_rate")
+    self.benchmarks.check_length(self.seq_len)
     for name, corpus in self.corpora.items():
       planning.check_validates(f"{name}.split", corpus.split, self._trainings[name])
     if isinstance(self.initial, PretrainInitialConfig):
@@ -116,6 +120,11 @@ class Config:
       "new_text": {"training": self.training},
       "replay": {"initial.training": initial.training} if pretraining else {},
     }
+
+  @property
+  def checked_against(self) -> DecontaminationConfig | None:
+    """The benchmarks that training text is checked against; None for none."""
+    return benchmarks.decontamination(self.decontamination, self.benchmarks)
 
   @property
   def corpora(self) -> dict[str, CorpusConfig]:

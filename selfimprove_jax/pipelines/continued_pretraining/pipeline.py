@@ -10,13 +10,15 @@ held out and scored before and after.
 The initial model is a checkpoint with its own tokenizer, or a model that is first pretrained on the
 replay text. In that case the tokenizer is trained on the replay text too, and both stages come
 after the documents and rows of the replay.
+
+Benchmarks are scored with both models at the end (pipelines/common/benchmarks.py).
 """
 
 import dataclasses
 
 # The module: after the package's import, its attribute `stages` is the function below.
 import selfimprove_jax.pipelines.continued_pretraining.stages as cpt
-from selfimprove_jax.pipelines.common import models, planning, text
+from selfimprove_jax.pipelines.common import benchmarks, models, planning, text
 from selfimprove_jax.pipelines.continued_pretraining.config import (
   CheckpointInitialConfig,
   Config,
@@ -32,7 +34,7 @@ def stages(config: Config) -> list[Stage]:
   documents = []
   for name, corpus in c.corpora.items():
     split = text.DocumentsConfig(corpus=corpus, seed=c.split_seed)
-    documents.append(text.documents_stage(f"{name}/documents", split, c.decontamination))
+    documents.append(text.documents_stage(f"{name}/documents", split, c.checked_against))
   rows = [_rows(c, name) for name in CORPORA]
   if isinstance(c.initial, CheckpointInitialConfig):
     made = [*_checkpoint(c, c.initial), *documents, *rows]
@@ -43,7 +45,21 @@ def stages(config: Config) -> list[Stage]:
     reads = {"documents": "replay/documents"}
     tokenizer = Stage("tokenizer", text.tokenizer, tokenizer, reads)
     made = [*documents, tokenizer, *rows, _pretraining(c, c.initial)]
-  return [*made, _tuned(c), _export(c)]
+  # First, so that a missing file is reported before anything is trained.
+  made = [*benchmarks.examples_stages(c.benchmarks), *made]
+  return [*made, _tuned(c), _export(c), *_scores(c)]
+
+
+def _scores(c: Config) -> list[Stage]:
+  """Returns the stages that score both models; last, since a loaded model takes memory."""
+  was_trained = {"initial": isinstance(c.initial, PretrainInitialConfig), "tuned": True}
+  return [
+    stage
+    for model, trained in was_trained.items()
+    for stage in benchmarks.model_stages(
+      c.benchmarks, model, seq_len=c.seq_len, was_trained=trained
+    )
+  ]
 
 
 def _checkpoint(c: Config, initial: CheckpointInitialConfig) -> list[Stage]:

@@ -1,6 +1,6 @@
 """Reports continued pretraining: the loss on new text and on replay, before and after."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,15 @@ import numpy as np
 import selfimprove_jax.pipelines.continued_pretraining.pipeline as continued_pretraining
 from selfimprove_jax.evaluation import statistics
 from selfimprove_jax.evaluation.statistics import Estimate
-from selfimprove_jax.pipelines.common import report_parts
+from selfimprove_jax.evaluation.tasks.task import Task
+from selfimprove_jax.pipelines.common import benchmark_results, report_parts
 from selfimprove_jax.pipelines.common.report_parts import estimate
 from selfimprove_jax.pipelines.continued_pretraining.stages import CORPORA
 from selfimprove_jax.report import blocks, formatting
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Run
 
+_MODELS = {"initial": "before", "tuned": "after"}
 _STYLES = {"before": blocks.Style("silver", "hollow"), "after": blocks.Style("blue", "square")}
 
 
@@ -23,12 +25,15 @@ def report(run: Run) -> blocks.Report:
 
   `data` holds the keys of `report_parts.run_data` and, once the stages they need are complete,
   `documents`, `decontamination`, `rows` and `heldout` by corpus, `tuned` (parameters, steps,
-  tokens, FLOPs, passes) and `curve`. Standard errors are over the groups of held-out documents of
-  one run. They do not cover the training seed, and one group alone has none.
+  tokens, FLOPs, passes) and `curve`. `benchmarks` and `dynamics`, if tasks are named, are the
+  results of `benchmark_results.compare_models` and `dynamics`. Standard errors are over the groups
+  of held-out documents of one run. They do not cover the training seed, and one group alone has
+  none.
   """
   stages = continued_pretraining.stages(run.config)
   made = report_parts.complete_artifacts(run, stages)
-  data = report_parts.run_data(run, stages, made) | _results(made)
+  tasks = [task for _, task in run.config.benchmarks.named_tasks.values()]
+  data = report_parts.run_data(run, stages, made) | _results(made) | _benchmarks(tasks, made)
   sentences = []
   if "heldout" in data:
     sentences = [_sentence(name, data["heldout"].get(name)) for name in CORPORA]
@@ -38,6 +43,7 @@ def report(run: Run) -> blocks.Report:
     lead=report_parts.lead(" ".join(sentences), stages, made),
     sections=(
       blocks.Section("Before and after", _heldout_blocks(data, made), in_summary=True),
+      *_benchmark_sections(tasks, data),
       blocks.Section("Training", _training_blocks(data)),
       blocks.Section("Corpora", _corpora_blocks(data)),
       report_parts.decontamination_section(data["decontamination"]),
@@ -63,6 +69,30 @@ def _results(made: Mapping[str, Artifact]) -> dict[str, Any]:
     data["heldout"] = {name: _losses(tuned, name) for name in scored}
     data["curve"] = list(tuned.read_jsonl("curve.jsonl"))
   return data
+
+
+def _benchmarks(tasks: Sequence[Task], made: Mapping[str, Artifact]) -> dict[str, Any]:
+  if not tasks:
+    return {}
+  trainings = {model: [model] for model in _MODELS}
+  return {
+    "benchmarks": benchmark_results.compare_models(tasks, made, trainings),
+    "dynamics": benchmark_results.dynamics(tasks, made, ["tuned"], start="initial"),
+  }
+
+
+def _benchmark_sections(
+  tasks: Sequence[Task], data: Mapping[str, Any]
+) -> tuple[blocks.Section, ...]:
+  if "benchmarks" not in data:
+    return ()
+  label = blocks.Label("continued pretraining", _STYLES["after"])
+  table = benchmark_results.table(data["benchmarks"], _MODELS)
+  curves = benchmark_results.curves(tasks, data["dynamics"], {"tuned": label})
+  return (
+    blocks.Section("Benchmarks", table, in_summary=True),
+    blocks.Section("Benchmarks during continued pretraining", curves),
+  )
 
 
 def _losses(tuned: Artifact, name: str) -> dict[str, Any]:

@@ -48,8 +48,8 @@ class Config:
   engine: EngineConfig
 
   def __post_init__(self) -> None:
-    if len(self.named_tasks) != len(self._paths()) or not self._paths():
-      raise ValueError(f"tasks={self.tasks!r} must name at least one task, and none twice")
+    if not self.named_tasks:
+      raise ValueError(f"tasks={self.tasks!r} must name at least one task")
     if endpoints.is_url(self.checkpoint) and not self.endpoint.model:
       raise ValueError(
         f"checkpoint={self.checkpoint!r} is an endpoint; endpoint.model must name its model"
@@ -58,7 +58,4 @@ class Config:
   @property
   def named_tasks(self) -> dict[str, tuple[str, Task]]:
     """The tasks by name, each with what `tasks` calls it."""
-    return {(task := builtin.get(path)).name: (path, task) for path in self._paths()}
-
-  def _paths(self) -> list[str]:
-    return [name.strip() for name in self.tasks.split(",") if name.strip()]
+    return builtin.named(self.tasks)

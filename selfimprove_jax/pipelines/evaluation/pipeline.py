@@ -4,16 +4,10 @@ checkpoint, examples/TASK -> scores/TASK -> metrics/TASK
 """
 
 import selfimprove_jax.pipelines.evaluation.endpoints as endpoints
+from selfimprove_jax.pipelines.common import benchmarks
 from selfimprove_jax.pipelines.common.checkpoints import CheckpointConfig, checkpoint
 from selfimprove_jax.pipelines.evaluation.config import Config
-from selfimprove_jax.pipelines.evaluation.stages import (
-  ExamplesConfig,
-  MetricsConfig,
-  ScoresConfig,
-  examples,
-  measure,
-  scores,
-)
+from selfimprove_jax.pipelines.evaluation.stages import ScoresConfig, scores
 from selfimprove_jax.runs.stage import Stage
 
 
@@ -28,26 +22,16 @@ def stages(config: Config) -> list[Stage]:
     examples_per_shard=config.examples_per_shard,
   )
   for name, (path, _) in config.named_tasks.items():
-    inputs = {"checkpoint": "checkpoint", "examples": f"examples/{name}"}
-    measured = {"examples": f"examples/{name}", "scores": f"scores/{name}"}
-    made += [
-      Stage(f"examples/{name}", examples, examples_config(config, name)),
-      Stage(f"scores/{name}", scores, computed, inputs, uses_devices=True),
-      Stage(f"metrics/{name}", measure, MetricsConfig(task=path), measured),
-    ]
+    made.append(Stage(f"examples/{name}", benchmarks.examples, examples_config(config, name)))
+    made += benchmarks.task_stages(name, path, scores, computed, model="checkpoint")
   return made
 
 
-def examples_config(config: Config, name: str) -> ExamplesConfig:
+def examples_config(config: Config, name: str) -> benchmarks.ExamplesConfig:
   """Returns the config of the stage that makes the examples of a task."""
   path, task = config.named_tasks[name]
-  return ExamplesConfig(
-    task=path,
-    version=task.version,
-    definition=task.definition,
-    data_dir=config.data_dir,
-    hub=config.hub,
-    max_examples=config.max_examples,
+  return benchmarks.examples_config(
+    path, task, data_dir=config.data_dir, hub=config.hub, max_examples=config.max_examples
   )
 
 

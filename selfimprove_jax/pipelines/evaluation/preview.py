@@ -7,9 +7,9 @@ import selfimprove_jax.pipelines.evaluation.pipeline as pipeline
 from selfimprove_jax.data.tokenizer import Tokenizer, make_tokenizer
 from selfimprove_jax.evaluation.tasks.items import Choices, Document, Example, Generation
 from selfimprove_jax.models.checkpoints import open_checkpoint
+from selfimprove_jax.pipelines.common.benchmarks import read_examples
 from selfimprove_jax.pipelines.common.checkpoints import planned_config
 from selfimprove_jax.pipelines.evaluation.config import Config
-from selfimprove_jax.pipelines.evaluation.stages import read_examples
 
 _SHOWN = 3
 

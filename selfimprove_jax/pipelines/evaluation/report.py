@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+import selfimprove_jax.pipelines.common.sbp_table as sbp_table
 import selfimprove_jax.pipelines.evaluation.pipeline as evaluation
-import selfimprove_jax.pipelines.evaluation.sbp_table as sbp_table
 from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.evaluation.tasks import metrics
 from selfimprove_jax.pipelines.common import report_parts

@@ -23,7 +23,8 @@ from selfimprove_jax.report import formatting
 from selfimprove_jax.report.blocks import Number
 from selfimprove_jax.runtime.config import section
 
-_BASELINE, _SBP, _UNCONDITIONAL = "baseline", "sbp", "unconditional"
+BASELINE = "baseline"
+_SBP, _UNCONDITIONAL = "sbp", "unconditional"
 _ORACLE, _ALL_IN = "oracle", "baseline_all_in"
 
 
@@ -199,13 +200,13 @@ def compare(
   by_name = {arm.name: arm for arm in arms}
   _check(arms, by_name, config.targets_tolerance)
   noise = measure_seed_noise(arms, assumed=config.assumed_seed_noise)
-  baseline, oracle = by_name[_BASELINE], by_name.get(_ORACLE)
+  baseline, oracle = by_name[BASELINE], by_name.get(_ORACLE)
 
   def difference(first: str, second: str) -> dict[str, Any]:
     return _difference(by_name[first], by_name[second], noise)
 
-  differences = {name: difference(name, _BASELINE) for name in by_name if name != _BASELINE}
-  shared = [arm for arm in arms if arm.name not in (_BASELINE, _ORACLE, _ALL_IN)]
+  differences = {name: difference(name, BASELINE) for name in by_name if name != BASELINE}
+  shared = [arm for arm in arms if arm.name not in (BASELINE, _ORACLE, _ALL_IN)]
   recovered = {}
   if oracle and differences[_ORACLE]["outcome"] == "better":
     shares = {arm.name: _recovered(baseline, arm, oracle, noise) for arm in shared}
@@ -213,7 +214,7 @@ def compare(
   versus, claims = {}, []
   if _SBP in by_name:
     versus = {o: difference(_SBP, o) for o in (_UNCONDITIONAL, _ALL_IN) if o in by_name}
-    found = {_BASELINE: differences[_SBP], **versus}
+    found = {BASELINE: differences[_SBP], **versus}
     claims = _claims(found, recovered.get(_SBP), by_name, noise)
   if conditioning_gap is not None:
     claims.append(_gap_claim(conditioning_gap, gate))
@@ -224,7 +225,7 @@ def compare(
       "reported."
     )
   return {
-    "baseline": _BASELINE,
+    "baseline": BASELINE,
     "oracle": oracle and _ORACLE,
     "seed_noise": dataclasses.asdict(noise),
     "targets_tolerance": config.targets_tolerance,
@@ -247,9 +248,9 @@ def _check(
 ) -> None:
   if len(by_name) != len(arms):
     raise ValueError(f"an arm is given twice: {[arm.name for arm in arms]}")
-  if _BASELINE not in by_name:
-    raise ValueError(f"no arm is named {_BASELINE!r}; there are {sorted(by_name)}")
-  first = by_name[_BASELINE]
+  if BASELINE not in by_name:
+    raise ValueError(f"no arm is named {BASELINE!r}; there are {sorted(by_name)}")
+  first = by_name[BASELINE]
   if len(set(first.groups)) < 2:
     raise ValueError(
       f"the {first.token_counts.size} held-out documents are of one group, which allows no "
@@ -354,7 +355,7 @@ def _interval(estimate: Estimate, seed_stderr: float, seed_degrees: int) -> list
 
 # Claim -> the arm that SBP is compared with, its name in the sentence, the start of the sentence.
 _CLAIMS = {
-  "gain_at_equal_tokens": (_BASELINE, "the baseline", "At equal training tokens, "),
+  "gain_at_equal_tokens": (BASELINE, "the baseline", "At equal training tokens, "),
   "gain_over_unconditional": (
     _UNCONDITIONAL,
     "the arm trained on unconditional samples from the same model",
@@ -382,7 +383,7 @@ def _claims(
     outcome = differences[second]["outcome"]
     holds = {"better": True, "worse": False}.get(outcome)
     sentence = start + _outcome_text(differences[second], sbp.label, other)
-    if second == _BASELINE and share:
+    if second == BASELINE and share:
       sentence += f" {sbp.label} recovers {_share_text(share, outcome)} of the oracle's gain."
     if second == _UNCONDITIONAL and not holds:
       sentence += " So no gain can be attributed to conditioning on a related document."
@@ -479,7 +480,7 @@ def _caveats(
     "training and not by the data alone, so text in the place of real data costs more than where "
     "data are scarce."
     for found in differences
-    if (found["first"], found["second"], found["outcome"]) == (_ALL_IN, _BASELINE, "better")
+    if (found["first"], found["second"], found["outcome"]) == (_ALL_IN, BASELINE, "better")
   ]
   return lines
 

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field
 from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import TokenizerConfig
 from selfimprove_jax.models.llama import LlamaConfig
-from selfimprove_jax.pipelines.common import planning
+from selfimprove_jax.pipelines.common import benchmarks, planning
+from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
 from selfimprove_jax.pipelines.common.models import REAL, EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
 from selfimprove_jax.pipelines.sbp.comparison import ComparisonConfig
@@ -105,7 +106,8 @@ class Config:
     total_tokens: tokens that each arm learns to predict; padding does not count.
     draws_anew: each further training of an arm has synthesizers and samples of its own, so that the
       measured noise includes theirs. Otherwise all trainings of an arm read the same samples.
-    decontamination: of the corpus and of the samples.
+    benchmarks: scored with the result of each training of an arm.
+    decontamination: of the corpus and of the samples; see `checked_against`.
   """
 
   pipeline: Literal["sbp"]
@@ -120,6 +122,7 @@ class Config:
   draws_anew: bool = False
   mesh: MeshConfig
   corpus: CorpusConfig
+  benchmarks: BenchmarksConfig = BenchmarksConfig()
   decontamination: DecontaminationConfig = DecontaminationConfig()
   tokenizer: TokenizerConfig
   tokens: TokensConfig
@@ -143,8 +146,14 @@ class Config:
     planning.check_has_steps("total_tokens", self.total_tokens, self.training, self.seq_len)
     seed_tokens = self.seed_model.total_tokens
     planning.check_has_steps("seed_model.total_tokens", seed_tokens, self.training, self.seq_len)
+    self.benchmarks.check_length(self.seq_len)
     self._check_tokens()
     self._check_arms()
+
+  @property
+  def checked_against(self) -> DecontaminationConfig | None:
+    """The benchmarks that training text is checked against; None for none."""
+    return benchmarks.decontamination(self.decontamination, self.benchmarks)
 
   def _check_tokens(self) -> None:
     tokens, most = self.tokens, self.tokens.max_document_tokens

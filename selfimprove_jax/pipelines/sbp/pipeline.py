@@ -6,15 +6,17 @@
 Every arm trains from scratch on a mixture of real data (`unique`, `oracle`) and synthetic sources:
 `sbp`, and the controls `unconditional` (samples of the seed model) and `random_pairs` (samples of a
 synthesizer that is tuned on random pairs). The second training of an arm, with another seed, is the
-stage `arms/<arm>-2`; with `draws_anew` it reads `synthetic/<source>-2`, and so on.
+stage `arms/<arm>-2`; with `draws_anew` it reads `synthetic/<source>-2`, and so on. Benchmarks are
+scored after all arms are trained (pipelines/common/benchmarks.py).
 """
 
 import dataclasses
 import hashlib
+import itertools
 
 # The module: after the package's import, its attribute `stages` is the function below.
 import selfimprove_jax.pipelines.sbp.stages as sbp
-from selfimprove_jax.pipelines.common import models, planning, text
+from selfimprove_jax.pipelines.common import benchmarks, models, planning, text
 from selfimprove_jax.pipelines.sbp.config import (
   SYNTHETIC,
   TUNED_ON,
@@ -33,11 +35,13 @@ def stages(config: Config) -> list[Stage]:
   c = config
   draws = _draws(c)
   made = [
+    # First, so that a missing file is reported before anything is trained.
+    *benchmarks.examples_stages(c.benchmarks),
     text.documents_stage(
       "documents",
       # Arms are compared over groups, which needs at least two.
       text.DocumentsConfig(corpus=c.corpus, seed=c.split_seed, min_test_groups=2),
-      c.decontamination,
+      c.checked_against,
     ),
     Stage(
       "tokenizer",
@@ -60,7 +64,8 @@ def stages(config: Config) -> list[Stage]:
     for draw in range(num_draws):
       made += _synthesis(c, source, draw)
   arms = [_arm(c, name, k) for name, arm in c.arms.items() for k in range(arm.num_seeds)]
-  return [*made, *arms]
+  scored = [benchmarks.model_stages(c.benchmarks, arm.name, seq_len=c.seq_len) for arm in arms]
+  return [*made, *arms, *itertools.chain(*scored)]
 
 
 def arm_stages(arm: str, config: Config) -> list[str]:
@@ -133,9 +138,9 @@ def _synthesis(c: Config, source: str, draw: int) -> list[Stage]:
     **vars(c.synthetic_rows), seq_len=c.seq_len, shingle_size=c.shingle_size, seed=c.seed
   )
   pack = sbp.synthetic_rows
-  if c.decontamination.data_dir is not None:
+  if (checked := c.checked_against) is not None:
     pack = sbp.checked_synthetic_rows
-    rows = sbp.CheckedSyntheticRowsStageConfig(**vars(rows), decontamination=c.decontamination)
+    rows = sbp.CheckedSyntheticRowsStageConfig(**vars(rows), decontamination=checked)
   samples, synthetic = (numbered(f"{kind}/{source}", draw) for kind in ("samples", "synthetic"))
   made += [
     Stage(samples, sbp.samples, sampling, inputs, plan, uses_devices=True),

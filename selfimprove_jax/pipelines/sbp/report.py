@@ -9,7 +9,7 @@ import numpy as np
 import selfimprove_jax.pipelines.sbp.comparison as comparison
 import selfimprove_jax.pipelines.sbp.pipeline as sbp
 from selfimprove_jax.evaluation.statistics import Estimate
-from selfimprove_jax.pipelines.common import report_parts
+from selfimprove_jax.pipelines.common import benchmark_results, report_parts, sbp_table
 from selfimprove_jax.pipelines.common.report_parts import estimate
 from selfimprove_jax.pipelines.sbp.config import SYNTHETIC, Config
 from selfimprove_jax.report import blocks, formatting
@@ -57,11 +57,14 @@ def report(run: Run) -> blocks.Report:
     tuning: step kept and steps made; validation loss and gap of the seed model and after tuning
     relevance, pairs, synthesis, examples, pair_examples
     decontamination: texts -> `Findings.summary`, or None where benchmarks were not looked for
+    benchmarks: the result of `benchmark_results.compare_models`; `arms.NAME.evals` has its evals
+    dynamics: the result of `benchmark_results.dynamics`
   Estimates are {"value", "stderr", "unit", "num_groups"}.
   """
   stages = sbp.stages(run.config)
   made = report_parts.complete_artifacts(run, stages)
   data = report_parts.run_data(run, stages, made) | _results(run.config, made, run.seconds())
+  data |= _benchmarks(run.config, made, data.get("arms", {}))
   compared = data.get("comparison", {"verdict": "", "claims": [], "caveats": []})
   return blocks.Report(
     title=run.config.title,
@@ -69,7 +72,11 @@ def report(run: Run) -> blocks.Report:
     lead=report_parts.lead(compared["verdict"], stages, made),
     claims=tuple(blocks.Claim(*claim.values()) for claim in compared["claims"]),
     caveats=tuple(compared["caveats"]),
-    sections=(*result_sections(data), *report_parts.run_sections(run.command, data)),
+    sections=(
+      *result_sections(data),
+      *_benchmark_sections(run.config, data),
+      *report_parts.run_sections(run.command, data),
+    ),
     data=data,
   )
 
@@ -255,6 +262,22 @@ def _pairs(tokens: Artifact, pairs: Artifact) -> dict[str, Any]:
   }
 
 
+def _benchmarks(
+  config: Config, made: Mapping[str, Artifact], arms: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+  """Returns `benchmarks` and `dynamics`; adds what an arm scored to its `evals`."""
+  tasks = [task for _, task in config.benchmarks.named_tasks.values()]
+  if not tasks:
+    return {}
+  others = [name for name in config.arms if name != comparison.BASELINE]
+  trainings = {name: sbp.arm_stages(name, config) for name in (comparison.BASELINE, *others)}
+  compared = benchmark_results.compare_models(tasks, made, trainings)
+  for name, arm in arms.items():
+    arm["evals"] |= compared["evals"][name]
+  stages = [stage for names in trainings.values() for stage in names]
+  return {"benchmarks": compared, "dynamics": benchmark_results.dynamics(tasks, made, stages)}
+
+
 # --- from numbers to blocks
 
 
@@ -263,6 +286,29 @@ def _labels(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, blocks.Label]:
   further = sorted(name for name in arms if name not in _STYLES)
   styles = _STYLES | dict(zip(further, itertools.cycle(_FURTHER_STYLES)))
   return {name: blocks.Label(arms[name]["label"], styles[name]) for name in styles if name in arms}
+
+
+def _benchmark_sections(config: Config, data: Mapping[str, Any]) -> tuple[blocks.Section, ...]:
+  if "benchmarks" not in data:
+    return ()
+  compared = data["benchmarks"]
+  labels = _labels({name: vars(arm) for name, arm in config.arms.items()})
+  texts = {name: label.text for name, label in labels.items()}
+  evals = compared["evals"][comparison.BASELINE]
+  of_paper: blocks.Blocks = ()
+  if sbp_table.is_complete(evals):
+    differences = {
+      texts[name]: compared["differences"][name] for name in texts if name != comparison.BASELINE
+    }
+    of_paper = sbp_table.table(evals, label=texts[comparison.BASELINE], differences=differences)
+  tasks = [task for _, task in config.benchmarks.named_tasks.values()]
+  first = {sbp.arm_stages(name, config)[0]: label for name, label in labels.items()}
+  curves = benchmark_results.curves(tasks, data["dynamics"], first)
+  return (
+    blocks.Section("Benchmarks", benchmark_results.table(compared, texts), in_summary=True),
+    blocks.Section("SBP's benchmarks", of_paper),
+    blocks.Section("Benchmarks during the first training of each arm", curves),
+  )
 
 
 def _arms_blocks(data: Mapping[str, Any], labels: _Labels) -> blocks.Blocks:

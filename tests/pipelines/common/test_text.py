@@ -314,5 +314,5 @@ def test_documents_with_benchmark_items_are_dropped_or_marked_and_counted(
 
 def test_without_benchmarks_the_stage_is_what_it_was(corpus):
   unchecked = _stages(corpus)[0]
-  made = text.documents_stage("documents", unchecked.config, DecontaminationConfig())
+  made = text.documents_stage("documents", unchecked.config, None)
   assert (made.function, made.config) == (unchecked.function, unchecked.config)

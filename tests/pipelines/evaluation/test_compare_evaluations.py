@@ -108,8 +108,8 @@ def test_errors_are_clustered_by_group_and_a_macro_mean_weighs_groups_alike():
     ]
 
   first, second = records([-1, -1, -1, 1]), records([1, 1, 1, 1])
-  micro = metrics.compare("acc_micro", first, second)
-  macro = metrics.compare("acc_macro", first, second)
+  micro = metrics.compare("acc_micro", [first], [second])
+  macro = metrics.compare("acc_macro", [first], [second])
   assert (micro.won, micro.lost, micro.tied) == (3, 0, 1)
   assert (micro.difference.value, macro.difference.value) == (0.75, 0.5)
   assert micro.difference.num_groups == 2
@@ -167,8 +167,8 @@ def test_another_tokenizer_leaves_out_the_perplexity_per_token():
     for n in (7, 9)
   )
   with pytest.raises(ValueError, match=r"t:1 has 7 tokens in one run and 9 in the other"):
-    metrics.compare("ppl_token", first, second)
-  assert metrics.compare("bits_per_byte", first, second).tied == 1
+    metrics.compare("ppl_token", [first], [second])
+  assert metrics.compare("bits_per_byte", [first], [second]).tied == 1
 
 
 def test_a_folder_without_an_evaluation_a_missing_task_and_an_unfinished_one_are_named(

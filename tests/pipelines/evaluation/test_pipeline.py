@@ -12,7 +12,6 @@ import pytest
 from selfimprove_jax import report
 from selfimprove_jax.evaluation import scoring
 from selfimprove_jax.pipelines import evaluation
-from selfimprove_jax.pipelines.evaluation import sbp_table
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse
 
@@ -61,19 +60,6 @@ def test_the_report_shows_chance_raw_generations_and_the_papers_columns(config, 
   assert "arc_easy/acc_norm" in report.to_terminal(made)
 
 
-def test_the_mean_of_the_six_accuracies_is_given_only_if_all_were_measured():
-  names = ("arc_challenge/acc", "arc_easy/acc", "sciq/acc", "winogrande/acc")
-  names = (*names, "triviaqa/exact_match", "webqs/greedy_acc")
-  one = {"stderr": 0.06, "unit": "accuracy", "num_groups": 100, "chance": 0.25}
-  evals = {name: {**one, "value": number / 10} for number, name in enumerate(names)}
-  found = sbp_table.mean_accuracy(evals)
-  assert found.value == pytest.approx(0.25)
-  assert found.stderr == pytest.approx(0.06 / 6**0.5)
-  del evals["sciq/acc"]
-  assert sbp_table.mean_accuracy(evals) is None
-  assert sbp_table.sentence(evals) == ""
-
-
 def test_a_killed_run_scores_the_missing_shards_only(
   config, run, finished, tmp_path, monkeypatch, data_files
 ):
@@ -108,7 +94,7 @@ def test_a_killed_run_scores_the_missing_shards_only(
   ("changes", "told"),
   [
     ({"tasks": "arc_eazy"}, "no task 'arc_eazy'; the nearest names are arc_easy"),
-    ({"tasks": "arc_easy,arc_easy"}, "none twice"),
+    ({"tasks": "arc_easy,arc_easy"}, "must name no task twice"),
     ({"tasks": ""}, "at least one task"),
     ({"checkpoint": "http://127.0.0.1/v1"}, "endpoint.model must name its model"),
   ],

@@ -1,4 +1,4 @@
-"""The benchmarks that SBP reports (arXiv 2509.15248), beside the paper's own numbers."""
+"""The benchmarks that SBP reports (arXiv 2509.15248), next to the paper's own numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from selfimprove_jax.evaluation.statistics import Estimate
+from selfimprove_jax.pipelines.common import benchmark_results
+from selfimprove_jax.pipelines.common.benchmark_results import as_estimate
 from selfimprove_jax.report import blocks, formatting
 
 # Metric -> how the paper calls it with its shots, and its baseline, SBP's and the oracle's
@@ -46,6 +48,7 @@ _ROWS: dict[str, tuple[str, tuple[_Column, _Column, _Column]]] = {
     ((8.56, 3.74, 10.83), (19.34, 0.54, 0.44), (19.88, 3.79, 5.22)),
   ),
 }
+_MEAN_NAME = "mean/acc"
 _MEAN = ((47.66, 2.32, 5.54), (55.35, 0.84, 1.73), (58.29, 1.32, 2.26))
 _ACCURACIES = tuple(name for name in _ROWS if "ppl" not in name)
 _PAPERS = ("the paper's 3B, 200B tokens", "the paper's 3B, 1T tokens", "the paper's 6B, 1T tokens")
@@ -60,11 +63,11 @@ _NOTE = (
 def mean_accuracy(evals: Mapping[str, Any]) -> Estimate | None:
   """Returns the mean of the six accuracies, each with equal weight; None if one is missing.
 
-  The tasks' examples are independent of each other.
+  The tasks' examples are independent of each other. `evals` may hold differences.
   """
   if not all(name in evals for name in _ACCURACIES):
     return None
-  found = [_estimate(evals[name]) for name in _ACCURACIES]
+  found = [as_estimate(evals[name]) for name in _ACCURACIES]
   value = float(np.mean([one.value for one in found]))
   stderr = float(np.sqrt(np.sum([one.stderr**2 for one in found]))) / len(found)
   groups = min(one.num_groups for one in found)
@@ -81,52 +84,65 @@ def sentence(evals: Mapping[str, Any]) -> str:
   return f"The mean accuracy over {names} is {written} (standard error)."
 
 
-def table(evals: Mapping[str, Any]) -> blocks.Blocks:
-  """Returns the nine rows and the mean of the accuracies; empty if none was measured."""
+def is_complete(evals: Mapping[str, Any]) -> bool:
+  """Tells whether all nine benchmarks were measured."""
+  return _ROWS.keys() <= evals.keys()
+
+
+def table(
+  evals: Mapping[str, Any],
+  *,
+  label: str = "this run",
+  differences: Mapping[str, Mapping[str, Any]] | None = None,
+) -> blocks.Blocks:
+  """Returns the nine rows and the mean of the accuracies; empty if none was measured.
+
+  Args:
+    evals: TASK/METRIC -> estimate with `chance`, of the model that `label` names.
+    differences: label of another model -> TASK/METRIC -> estimate of its difference to this one.
+  """
   if not any(name in evals for name in _ROWS):
     return ()
-  rows = [
-    _row(
-      f"{told}: {name}",
-      _estimate(evals[name]) if name in evals else None,
-      evals[name]["chance"] if name in evals else None,
-      papers,
-      is_accuracy=name in _ACCURACIES,
-    )
-    for name, (told, papers) in _ROWS.items()
-  ]
   chances = [evals[name]["chance"] for name in _ACCURACIES if name in evals]
   chance = float(np.mean(chances)) if len(chances) == len(_ACCURACIES) else None
-  rows.append(_row("mean of 6 accuracies", mean_accuracy(evals), chance, _MEAN, is_accuracy=True))
+  rows = []
+  for name, (told, papers) in (*_ROWS.items(), (_MEAN_NAME, ("mean of 6 accuracies", _MEAN))):
+    columns = {}
+    for other, found in (differences or {}).items():
+      header = benchmark_results.difference_header(other, label)
+      columns[header] = benchmark_results.difference_cell(_found(found, name), name)
+    of_name = _found(evals, name)
+    at_chance = chance if name == _MEAN_NAME else of_name and of_name["chance"]
+    rows.append(
+      {
+        "benchmark (shots)": told if name == _MEAN_NAME else f"{told}: {name}",
+        **_value_cells(of_name, name, label),
+        "chance": blocks.Number(at_chance, form="percent", digits=1),
+        **columns,
+        **_paper_cells(papers),
+      }
+    )
   return blocks.table(rows, text=("benchmark (shots)", *_PAPERS)), blocks.Text(_NOTE)
 
 
-def _row(
-  name: str,
-  found: Estimate | None,
-  chance: float | None,
-  papers: tuple[_Column, ...],
-  *,
-  is_accuracy: bool,
-) -> dict[str, blocks.Cell]:
-  form = {"form": "percent", "digits": 1} if is_accuracy else {"digits": 2}
-  value, interval = blocks.Number(None), ""
-  if found is not None:
-    value = blocks.Number(found.value, **form)
-    ends = (formatting.text(blocks.Number(end, **form)) for end in found.interval95)
-    interval = " to ".join(ends)
-  told = {
+def _found(evals: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+  """Returns the estimate of a row, which may be that of the mean accuracy."""
+  if name != _MEAN_NAME:
+    return evals.get(name)
+  mean = mean_accuracy(evals)
+  return mean and mean.to_dict()
+
+
+def _value_cells(found: Mapping[str, Any] | None, name: str, label: str) -> dict[str, blocks.Cell]:
+  if found is None:
+    return {label: None, "95%": None}
+  form = benchmark_results.form_of(name)
+  interval = blocks.Interval(*as_estimate(found).interval95, signed=False, **form)
+  return {label: blocks.Number(found["value"], **form), "95%": interval}
+
+
+def _paper_cells(papers: tuple[_Column, ...]) -> dict[str, str]:
+  return {
     header: f"{baseline:.2f} (SBP {sbp:+.2f}, oracle {oracle:+.2f})"
     for header, (baseline, sbp, oracle) in zip(_PAPERS, papers, strict=True)
   }
-  return {
-    "benchmark (shots)": name,
-    "this run": value,
-    "95%": interval,
-    "chance": blocks.Number(chance, form="percent", digits=1),
-    **told,
-  }
-
-
-def _estimate(found: Mapping[str, Any]) -> Estimate:
-  return Estimate(**{key: value for key, value in found.items() if key != "chance"})
