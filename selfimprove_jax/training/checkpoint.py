@@ -7,6 +7,7 @@ notice; a damaged step is set aside, and the one before it is used.
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,14 +25,23 @@ _logger = logging.getLogger(__name__)
 class Checkpoints:
   """The checkpoints of one run: `folder/<step>/`."""
 
-  def __init__(self, folder: str | os.PathLike, *, keep: int | None):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    *,
+    keep: int | None,
+    is_regular: Callable[[int], bool] = lambda step: True,
+  ):
     """Opens or creates the folder.
 
     Args:
       keep: steps that stay on disk, the newest ones, not counting those that `save` protects; while
         a step is written, one more stays. None only reads, and changes nothing in the folder.
+      is_regular: steps of which this is false, such as the one at which a run was interrupted, stay
+        only until a newer one is on disk. So an interrupted run ends with the same steps.
     """
     self._keep = keep
+    self._is_regular = is_regular
     self._protected: frozenset[int] | None = None  # None: nothing was saved, so nothing is deleted
     options = ocp.CheckpointManagerOptions(
       enable_async_checkpointing=True, cleanup_tmp_directories=keep is not None
@@ -45,7 +55,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, *, protect: frozenset[int] = frozenset()) -> None:
-    """Starts to write a step; deletes all others but the last `keep` and those in `protect`.
+    """Starts to write a step; deletes all others but the last regular ones and `protect`.
 
     Returns when the state may be donated; `wait` returns when it is on disk.
     """
@@ -124,9 +134,11 @@ class Checkpoints:
     """Returns when everything saved is on disk; raises what the writing thread raised."""
     self._manager.wait_until_finished()
     if self._protected is not None:
-      for old in self.steps()[: -self._keep]:
-        if old not in self._protected:
-          self._manager.delete(old)
+      steps = self.steps()
+      regular = [step for step in steps if self._is_regular(step)]
+      kept = {*regular[-self._keep :], *steps[-1:], *self._protected}
+      for old in sorted(set(steps) - kept):
+        self._manager.delete(old)
 
   def close(self) -> None:
     self.wait()

@@ -29,7 +29,7 @@ class TrainingConfig:
     accumulation_steps: micro-batches per update.
     num_evaluations: evaluations, evenly spaced, the last one after the last step.
     num_checkpoints: saves of the state, spaced likewise.
-    keep: checkpoints that stay on disk.
+    keep: checkpoints that stay on disk, the last ones.
     patience: stop after this many evaluations without a lower loss; None never stops early.
     stop_at_loss: stop once the validation loss is at most this; None never does.
     board_every: steps per point of the TensorBoard curves; `metrics.jsonl` has every step.
@@ -96,3 +96,13 @@ class TrainingConfig:
 
   def checkpoint_every(self, num_steps: int) -> int:
     return -(-num_steps // self.num_checkpoints)
+
+  def saves_at(self, step: int, num_steps: int) -> bool:
+    """Tells whether the state is saved after a step of an uninterrupted run."""
+    evaluates = step % self.evaluate_every(num_steps) == 0
+    # With patience the best parameters are the result, so every evaluated state is saved.
+    return (
+      step == num_steps
+      or step % self.checkpoint_every(num_steps) == 0
+      or (evaluates and self.patience is not None)
+    )

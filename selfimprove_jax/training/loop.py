@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,10 @@ def train(
       return jitted(state, batch, dropout_key)
 
   abstract = train_step.abstract_state(model, tx, mesh)
-  with Checkpoints(folder / "checkpoints", keep=training.keep) as checkpoints:
+  is_regular = functools.partial(training.saves_at, num_steps=num_steps)
+  with Checkpoints(
+    folder / "checkpoints", keep=training.keep, is_regular=is_regular
+  ) as checkpoints:
     state = checkpoints.restore_last(abstract)
     if state is None:
       state = train_step.init_state(model, tx, mesh, key=init_key, params=initial_params)
@@ -138,7 +142,6 @@ class _Run:
   def steps(self, state: TrainState, step_fn: Any, batches: Any, bar: Bar) -> TrainState:
     """Makes the steps that are left; returns the state after the last or the stopping one."""
     evaluate_every = self.training.evaluate_every(self.num_steps)
-    checkpoint_every = self.training.checkpoint_every(self.num_steps)
     start = int(state.step)
     if start == 0:
       if not self.log.records:
@@ -158,9 +161,7 @@ class _Run:
         self.fetch(waiting, step - 1)
       waiting = metrics
       evaluates = step == self.num_steps or step % evaluate_every == 0
-      # With patience the best parameters are the result, so every evaluated state is saved.
-      saves = step % checkpoint_every == 0
-      saves |= evaluates and self.training.patience is not None
+      saves = self.training.saves_at(step, self.num_steps)
       preempted = preemption.requested(step)
       if evaluates or saves or preempted:
         # A state is saved only after its step was checked.

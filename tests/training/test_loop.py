@@ -174,18 +174,20 @@ def test_sigterm_saves_and_exits_with_143_and_the_resumed_run_is_the_same(
   uninterrupted, train, tmp_path, monkeypatch
 ):
   folder, result = uninterrupted
-  for stop in (1, 4, 2):  # counted from where the run resumes: in steps 1, 5 and 7
+  for stop in (1, 4, 2, 4):  # counted from where the run resumes: in steps 1, 5, 7 and 11
     _stop_at(monkeypatch, stop)
     with pytest.raises(preemption.Preempted) as raised:
       train(tmp_path)
     assert raised.value.code == 143
-  assert "stopped at step 7, state saved" in raised.value.message
-  assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 7
+  assert "stopped at step 11, state saved" in raised.value.message
+  assert max(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == 11
   monkeypatch.setattr(preemption, "requested", lambda _: False)
   resumed = train(tmp_path)
   _assert_same(resumed.params, result.params)
   assert resumed.curve == result.curve
   assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+  for run in (folder, tmp_path):
+    assert sorted(int(p.name) for p in (run / "checkpoints").iterdir()) == [9, 12]
 
 
 def test_a_fresh_and_a_resumed_run_compile_the_step_once_each(train, tmp_path, monkeypatch):
