@@ -5,6 +5,9 @@
       --config.new_text.source.paths='/data/entigraph/*.jsonl' \
       --config.replay.source.paths='/data/redpajama_sample/*.jsonl'
 
+QuALITY's questions are scored before and after, without their articles: `evals/quality.jsonl.gz`
+(`--config.benchmarks.data_dir`; `--config.benchmarks.tasks=` scores nothing).
+
 New text: JSON lines with a field `text`, which are synthesized beforehand. Replay: the 1T sample of
 RedPajama, as JSON lines. The tuned model is `export/model` in the workdir, a Hugging Face folder.
 `--dry_run` needs none of the files. configs/cpt_quick.py is the same pipeline on a laptop.
@@ -89,5 +92,6 @@ def get_config(variant: str = "paper") -> mlc.ConfigDict:
     ),
     tuning=dict(epochs=2.0, replay_share=0.1, weight_decay=0.01, dropout_rate=0.0),
     evaluation=dict(batch_rows=16, max_validation_rows=256),
+    benchmarks=dict(tasks="quality", data_dir="evals"),
     export=dict(dtype="bfloat16"),
   )

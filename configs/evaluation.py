@@ -19,7 +19,7 @@ from selfimprove_jax.pipelines import evaluation
 from selfimprove_jax.runtime.config import page
 
 _TASKS = {
-  "sbp": "arc_challenge,arc_easy,sciq,winogrande,triviaqa,webqs,mmlu,openwebtext,lambada",
+  "sbp": parts.SBP_TASKS,
   "closed_book": "quality",
   "math": "gsm8k,math500",
 }

@@ -136,5 +136,6 @@ def sbp(*, size: str, variant: str, synthetic_tokens: int, fsdp: int) -> mlc.Con
       oracle=dict(label="oracle", mixture={"oracle": 1.0}, **regularization),
     ),
     evaluation=dict(batch_rows=2048, max_validation_rows=8192),
+    benchmarks=dict(tasks=parts.SBP_TASKS, data_dir="evals"),  # tasks: paper
     comparison=dict(assumed_seed_noise=0.002),  # ours, a guess: one training per arm
   )

@@ -5,6 +5,9 @@ from typing import Any
 
 from selfimprove_jax.runtime.config import choices
 
+# The nine benchmarks of SBP's paper (arXiv 2509.15248).
+SBP_TASKS = "arc_challenge,arc_easy,sciq,winogrande,triviaqa,webqs,mmlu,openwebtext,lambada"
+
 _SHAPES = {
   # name: layers, width, feed-forward, heads, kv heads, head width
   "tiny": (2, 32, 64, 2, 1, 16),

@@ -4,6 +4,10 @@
   python -m selfimprove_jax.main --config=configs/sbp_6b.py:1t --dry_run --device=v5p
   python tools/compile_for.py --config=configs/sbp_6b.py:1t --topology=v5p:8x8x8
 
+The paper's nine benchmarks are scored at the end of each arm and kept out of the training text.
+Their files are in `evals` (`--config.benchmarks.data_dir`); `--config.benchmarks.tasks=` scores
+nothing.
+
 200b: 10 B unique tokens, which the baseline repeats 20 times.  1t: 50 B, also 20 times. The paper
 has the 6B at 1T only: `200b` is ours, with the token budgets of its 3B.
 Compiled for v5p and v6e pods (benchmarks/compile.md), never run.

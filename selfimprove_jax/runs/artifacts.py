@@ -423,7 +423,7 @@ def _read_jsonl(path: storage.Path) -> Iterator[dict[str, Any]]:
       yield json.loads(line)
 
 
-def _entry(path: pathlib.Path, counts: Mapping[str, int]) -> dict[str, Any]:
+def _entry(path: storage.Path, counts: Mapping[str, int]) -> dict[str, Any]:
   return {"bytes": storage.num_bytes(path), "sha256": storage.sha256(path), **counts}
 
 

@@ -1,7 +1,6 @@
 """Pretrained checkpoints: Hugging Face folders, GGUF files, orbax folders, trained stages."""
 
 import os
-import pathlib
 
 from selfimprove_jax.models.checkpoints.checkpoint import Checkpoint
 from selfimprove_jax.models.checkpoints.gguf import GgufCheckpoint
@@ -14,6 +13,7 @@ from selfimprove_jax.models.checkpoints.params_checkpoint import (
   saved_steps,
 )
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
+from selfimprove_jax.runs import storage
 
 __all__ = ["Checkpoint", "TokenizerFiles", "open_checkpoint", "saved_steps"]
 
@@ -23,17 +23,19 @@ def open_checkpoint(path: str | os.PathLike, *, step: int | None = None) -> Chec
 
   Args:
     path: a Hugging Face folder, a .gguf file, a folder of `params_checkpoint.save_params`, or the
-      folder of a stage that trained a model.
+      folder of a stage that trained a model, which may be in a bucket (gs://).
     step: the training step to open in a stage; None is the one that the stage chose.
 
   Raises:
     artifacts.ArtifactError: the stage is unfinished or damaged.
   """
-  path = pathlib.Path(path)
+  path = storage.path(path)
   # Checked before Hugging Face: a stage has a config.json too.
   is_stage = (path / "manifest.json").is_file() or (path / "checkpoints").is_dir()
   if is_stage and not any(path.glob("*.safetensors")):
     return StageCheckpoint(path, step=step)
+  if storage.is_remote(path):
+    raise ValueError(f"{path} is no trained stage of a run, and other models are read from disks")
   if step is not None:
     raise ValueError(f"step={step} is for a trained stage of a run, which {path} is not")
   if path.is_file() and path.suffix == ".gguf":

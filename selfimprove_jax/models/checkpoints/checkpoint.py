@@ -14,7 +14,7 @@ import selfimprove_jax.models.checkpoints.tokenizer_files as tokenizer_files
 from selfimprove_jax.models.checkpoints.hf_config import read_json
 from selfimprove_jax.models.checkpoints.tokenizer_files import TokenizerFiles
 from selfimprove_jax.models.llama import LlamaConfig
-from selfimprove_jax.runs import artifacts
+from selfimprove_jax.runs import artifacts, storage
 from selfimprove_jax.runtime.config import parse, to_json
 from selfimprove_jax.runtime.progress import Progress
 
@@ -32,7 +32,7 @@ class Checkpoint(abc.ABC):
   kind: ClassVar[str]
 
   def __init__(self, path: str | os.PathLike):
-    self.path = pathlib.Path(path)
+    self.path = storage.path(path)
 
   @functools.cached_property
   @abc.abstractmethod

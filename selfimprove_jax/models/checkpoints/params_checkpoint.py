@@ -79,7 +79,7 @@ class _OrbaxCheckpoint(Checkpoint):
   """Parameters that this package saved, with their checksums."""
 
   @abc.abstractmethod
-  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+  def _stored(self) -> tuple[storage.Path, Mapping[str, int]]:
     """Returns the folder of the parameters and the checksums of the saved ones."""
 
   def load_params(
@@ -95,7 +95,7 @@ class _OrbaxCheckpoint(Checkpoint):
     )
     try:
       with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(path.absolute(), saved)  # orbax refuses relative paths
+        params = checkpointer.restore(_absolute(path), saved)  # orbax refuses relative paths
     except Exception as error:  # orbax and tensorstore raise many types for a damaged file
       raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
     if checksums(params) != saved_checksums:
@@ -142,7 +142,7 @@ class ParamsCheckpoint(_OrbaxCheckpoint):
     name = "max_positions"
     return check_size(self.path / MODEL_FILE, name, self._saved.get(name))
 
-  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+  def _stored(self) -> tuple[storage.Path, Mapping[str, int]]:
     return self.path / _PARAMS, self._saved["checksums"]
 
 
@@ -177,7 +177,7 @@ class StageCheckpoint(_OrbaxCheckpoint):
     config = json.loads((self.path / "config.json").read_bytes())["config"]
     return config["seq_len"] if "seq_len" in config else config["training"]["seq_len"]
 
-  def _stored(self) -> tuple[pathlib.Path, Mapping[str, int]]:
+  def _stored(self) -> tuple[storage.Path, Mapping[str, int]]:
     folder = self.path / _STEPS / str(self.step)
     if self.step == self._summary["step"]:
       return folder / _PARAMS, self._summary["checksums"]
@@ -185,7 +185,7 @@ class StageCheckpoint(_OrbaxCheckpoint):
     return folder / _PARAMS, metadata["params"]
 
   def _tokenizer_folder(self) -> pathlib.Path:
-    for parent in self.path.resolve().parents:
+    for parent in _absolute(self.path).parents:
       if (parent / "tokenizer" / "manifest.json").exists():
         return artifacts.open_artifact(parent / "tokenizer").path("tokenizer")
     raise ValueError(f"no folder above {self.path} has a stage named tokenizer")
@@ -194,6 +194,10 @@ class StageCheckpoint(_OrbaxCheckpoint):
     # Without the logs, which a stage appends to.
     yield from (self.path / "config.json", self.path / "manifest.json")
     yield from (p for p in (self.path / _STEPS / str(self.step)).rglob("*") if p.is_file())
+
+
+def _absolute(path: storage.Path) -> storage.Path:
+  return path if storage.is_remote(path) else path.resolve()
 
 
 def _parse_config(value: Mapping[str, Any]) -> LlamaConfig:

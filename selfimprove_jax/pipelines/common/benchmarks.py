@@ -346,14 +346,14 @@ def examples_stages(config: BenchmarksConfig) -> list[Stage]:
 
 
 def model_stages(
-  config: BenchmarksConfig, model: str, *, seq_len: int, was_trained: bool = True
+  config: BenchmarksConfig, model: str, *, seq_len: int, with_dynamics: bool = True
 ) -> list[Stage]:
   """Returns the stages that score a model on each task.
 
   Args:
     model: the stage that trained it, or recorded a checkpoint.
     seq_len: row length that it was trained on.
-    was_trained: the stage has checkpoints of its training, which `at_checkpoints` asks for.
+    with_dynamics: `at_checkpoints` applies to the model.
   """
   tasks = config.named_tasks
   setup = {
@@ -365,7 +365,7 @@ def model_stages(
   made = []
   for name, (path, _) in tasks.items():
     made += task_stages(name, path, scores, ScoresConfig(**setup), model=model, suffix=f"/{model}")
-  if config.at_checkpoints and was_trained and tasks:
+  if config.at_checkpoints and with_dynamics and tasks:
     measured = DynamicsConfig(**setup, tasks=tuple(path for path, _ in tasks.values()))
     inputs = {"checkpoint": model, **{name: f"examples/{name}" for name in tasks}}
     made.append(Stage(f"dynamics/{model}", dynamics, measured, inputs, uses_devices=True))

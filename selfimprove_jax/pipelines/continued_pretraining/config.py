@@ -75,7 +75,8 @@ class Config:
       on the same documents.
     new_text, replay: a corpus may be trained on whole, with `split.validation_fraction` and
       `split.test_fraction` of 0; then nothing is measured on it.
-    benchmarks: scored with the initial and with the tuned model.
+    benchmarks: scored with the initial and with the tuned model; `at_checkpoints` scores those of
+      continued pretraining.
     decontamination: of both corpora; see `checked_against`.
     model: the model to train; a checkpoint must have its shape.
     training: continued pretraining; `initial.training` configures the pretraining before it.

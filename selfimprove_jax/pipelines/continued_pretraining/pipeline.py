@@ -52,13 +52,10 @@ def stages(config: Config) -> list[Stage]:
 
 def _scores(c: Config) -> list[Stage]:
   """Returns the stages that score both models; last, since a loaded model takes memory."""
-  was_trained = {"initial": isinstance(c.initial, PretrainInitialConfig), "tuned": True}
+  options = {"seq_len": c.seq_len}
   return [
-    stage
-    for model, trained in was_trained.items()
-    for stage in benchmarks.model_stages(
-      c.benchmarks, model, seq_len=c.seq_len, was_trained=trained
-    )
+    *benchmarks.model_stages(c.benchmarks, "initial", **options, with_dynamics=False),
+    *benchmarks.model_stages(c.benchmarks, "tuned", **options),
   ]
 
 

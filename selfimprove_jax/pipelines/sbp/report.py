@@ -65,6 +65,7 @@ def report(run: Run) -> blocks.Report:
   made = report_parts.complete_artifacts(run, stages)
   data = report_parts.run_data(run, stages, made) | _results(run.config, made, run.seconds())
   data |= _benchmarks(run.config, made, data.get("arms", {}))
+  arms, *others = result_sections(data)
   compared = data.get("comparison", {"verdict": "", "claims": [], "caveats": []})
   return blocks.Report(
     title=run.config.title,
@@ -73,8 +74,9 @@ def report(run: Run) -> blocks.Report:
     claims=tuple(blocks.Claim(*claim.values()) for claim in compared["claims"]),
     caveats=tuple(compared["caveats"]),
     sections=(
-      *result_sections(data),
+      arms,
       *_benchmark_sections(run.config, data),
+      *others,
       *report_parts.run_sections(run.command, data),
     ),
     data=data,

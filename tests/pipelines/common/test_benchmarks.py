@@ -20,7 +20,7 @@ from selfimprove_jax.models.checkpoints import saved_steps
 from selfimprove_jax.pipelines import sbp
 from selfimprove_jax.pipelines.common import benchmarks
 from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
-from selfimprove_jax.runs import runner
+from selfimprove_jax.runs import runner, storage
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse, to_json
 from selfimprove_jax.runtime.partitioning import MeshConfig
@@ -252,3 +252,14 @@ def test_perplexities_change_in_their_own_unit(finished, made):
   found = made.data["benchmarks"]["differences"]["oracle"]["openwebtext/ppl_token"]
   assert found["unit"] == "perplexity per token"
   assert math.isfinite(found["stderr"]) and found["stderr"] > 0
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_scored_alike(config, finished, bucket):
+  arm = "arms/oracle"
+  for name in ("tokenizer", "examples/arc_easy", "examples/openwebtext", arm):
+    storage.upload(finished / name, bucket / name)
+  _run(config, bucket, only=[f"scores/{arm}/arc_easy", f"dynamics/{arm}"])
+  for name in (f"scores/{arm}/arc_easy", f"dynamics/{arm}"):
+    found, expected = (Run(f, None).artifact(name) for f in (bucket, finished))
+    assert list(found.records()) == list(expected.records())

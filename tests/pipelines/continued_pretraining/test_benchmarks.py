@@ -107,13 +107,15 @@ def test_both_corpora_are_checked_against_the_task_by_default(finished):
     assert list(found[name]["tasks"]) == ["mine"]
 
 
-def test_a_checkpoint_has_no_steps_of_its_own_to_score(values):
+def test_a_checkpoint_is_scored_before_and_after_like_a_pretrained_model(values):
   checkpoint = {"kind": "checkpoint", "path": "/models/x"}
-  names = {s.name for s in cpt.stages(parse(cpt.Config, values | {"initial": checkpoint}))}
-  assert {"scores/initial/mine", "scores/tuned/mine", "dynamics/tuned"} <= names
-  assert "dynamics/initial" not in names
-  names = {s.name for s in cpt.stages(parse(cpt.Config, values))}
-  assert "dynamics/initial" in names
+  for changes in ({}, {"initial": checkpoint}):
+    names = [s.name for s in cpt.stages(parse(cpt.Config, values | changes))]
+    assert names[0] == "examples/mine"
+    after = names[names.index("export") + 1 :]
+    assert [name for name in after if not name.startswith("metrics/")] == [
+      *("scores/initial/mine", "scores/tuned/mine", "dynamics/tuned")
+    ]
 
 
 def test_a_window_longer_than_the_rows_is_refused(values):
