@@ -94,7 +94,7 @@ class _OrbaxCheckpoint(Checkpoint):
       lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract
     )
     try:
-      with ocp.StandardCheckpointer() as checkpointer:
+      with _reader(mesh) as checkpointer:
         params = checkpointer.restore(_absolute(path), saved)  # orbax refuses relative paths
     except Exception as error:  # orbax and tensorstore raise many types for a damaged file
       raise DamagedCheckpointError(f"{path} can't be read: {error}") from error
@@ -194,6 +194,19 @@ class StageCheckpoint(_OrbaxCheckpoint):
     # Without the logs, which a stage appends to.
     yield from (self.path / "config.json", self.path / "manifest.json")
     yield from (p for p in (self.path / _STEPS / str(self.step)).rglob("*") if p.is_file())
+
+
+def _reader(mesh: Mesh) -> ocp.StandardCheckpointer:
+  """Returns what restores onto a mesh; onto a mesh of this process without waiting for others.
+
+  Otherwise orbax has a barrier after restoring, at which all processes would have to restore
+  equally often. Processes that score their own shards load what these need.
+  """
+  index = jax.process_index()
+  if {device.process_index for device in mesh.devices.flat} != {index}:
+    return ocp.StandardCheckpointer()
+  alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+  return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def _absolute(path: storage.Path) -> storage.Path:

@@ -1,6 +1,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -88,3 +91,41 @@ def test_a_config_of_another_dtype_than_the_parameters_is_refused(params, tmp_pa
   config = dataclasses.replace(CONFIG, param_dtype="bfloat16")
   with pytest.raises(ValueError, match=r"param_dtype='bfloat16', but .* \{'float32'\}"):
     _save(tmp_path / "model", params, config)
+
+
+_ONE_LOADS = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+from selfimprove_jax.runtime import distributed
+from selfimprove_jax.runtime import partitioning
+from selfimprove_jax.models.checkpoints import open_checkpoint
+index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+distributed.initialize(coordinator=f"localhost:{port}", num_processes=2, process_id=index,
+                       connect_seconds=60, heartbeat_seconds=60, hang_seconds=20)
+checkpoint = open_checkpoint(folder)
+mesh = partitioning.LocalMeshConfig(data=1, fsdp=2).make()
+for _ in range(index):
+  checkpoint.load_params(mesh, checkpoint.config)
+distributed.barrier("the other has loaded it, or needs nothing")
+print("loaded", index)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_loads_onto_its_own_devices_without_the_others(
+  params, tmp_path, subprocess_options
+):
+  _save(tmp_path / "model", params)
+  with socket.create_server(("localhost", 0)) as free:
+    port = free.getsockname()[1]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", _ONE_LOADS, str(index), str(port), str(tmp_path / "model")],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      **subprocess_options,
+    )
+    for index in range(2)
+  ]
+  told = [process.communicate(timeout=120) for process in processes]
+  assert [out for out, _ in told] == ["loaded 0\n", "loaded 1\n"], told
