@@ -19,6 +19,8 @@ _NOTE = (
   "its mean over them; the noise of the seeds is not in the interval. `cut` counts requests whose "
   "context lost its beginning, because it is longer than the model's window."
 )
+_NUM_PRINTED = 2
+_LARGE = 1e4  # perplexities of weak models
 _Tasks = Iterable[Task]
 
 
@@ -67,34 +69,42 @@ def table(compared: Mapping[str, Any], labels: Mapping[str, str]) -> blocks.Bloc
   """Shows the result of `compare_models`, a row for each metric; nothing without a reference.
 
   Args:
-    labels: model -> its name in the report, in the order of the columns.
+    labels: model -> its name in the report, in the order of the columns. The terminal has room for
+      the first differences.
   """
   reference = compared["reference"]
+  headers = {
+    model: difference_header(label, labels[reference])
+    for model, label in labels.items()
+    if model != reference
+  }
   rows = []
   for name, found in compared["evals"][reference].items():
-    form = form_of(name)
+    form = form_of(name, found["value"])
     row: dict[str, Any] = {
       "task/metric": name,
       "chance": blocks.Number(found["chance"], form="percent", digits=1),
       labels[reference]: blocks.Number(found["value"], found["stderr"], **form),
     }
-    for model, label in labels.items():
-      if model != reference:
-        difference = compared["differences"][model].get(name)
-        row[difference_header(label, labels[reference])] = difference_cell(difference, name)
+    for model, header in headers.items():
+      row[header] = difference_cell(compared["differences"][model].get(name), name)
     keys = {"unit": "unit", "examples": "examples", "num_groups": "groups", "truncated": "cut"}
     rows.append(row | {header: found[key] for key, header in keys.items()})
   if not rows:
     return ()
-  page_only = ("unit", "examples", "groups", "cut")
+  page_only = (*list(headers.values())[_NUM_PRINTED:], "unit", "examples", "groups", "cut")
   shown = blocks.table(rows, text=("task/metric", "unit"), page_only=page_only)
   return shown, blocks.Text(_NOTE)
 
 
-def form_of(name: str) -> dict[str, Any]:
-  """Returns how the numbers of a TASK/METRIC are written, as fields of `blocks.Number`."""
-  is_accuracy = metrics.is_accuracy(name.rpartition("/")[2])
-  return {"form": "percent", "digits": 1} if is_accuracy else {"digits": 2}
+def form_of(name: str, value: float) -> dict[str, Any]:
+  """Returns how a value of a TASK/METRIC is written, as fields of `blocks.Number`."""
+  metric = name.rpartition("/")[2]
+  if metrics.is_accuracy(metric):
+    return {"form": "percent", "digits": 1}
+  if abs(value) >= _LARGE:
+    return {"form": "general", "digits": 3}
+  return {"digits": 2 if metrics.METRICS[metric][2] else 3}
 
 
 def difference_header(label: str, reference: str) -> str:
@@ -110,7 +120,7 @@ def difference_cell(found: Mapping[str, Any] | None, name: str) -> blocks.Cell:
   """
   if found is None:
     return None
-  form = form_of(name)
+  form = form_of(name, found["value"])
   interval = blocks.Interval(*as_estimate(found).interval95, **form)
   return blocks.Stack((blocks.Number(found["value"], signed=True, **form), interval))
 

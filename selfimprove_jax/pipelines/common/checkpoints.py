@@ -72,6 +72,9 @@ def open_recorded(artifact: Artifact) -> Checkpoint:
   return opened
 
 
+_loaded: dict[tuple[Any, ...], LocalModel] = {}  # the last one that `load_model` returned
+
+
 def load_model(
   checkpoint: Artifact,
   mesh: LocalMeshConfig,
@@ -82,7 +85,8 @@ def load_model(
 ) -> LocalModel:
   """Loads the checkpoint that the stage `checkpoint` recorded, or the model that a stage trained.
 
-  Stages of one process share the model: its weights are loaded and its programs compiled once.
+  Stages of one process share the model: its weights are loaded and its programs compiled once. The
+  model that was loaded before is closed.
 
   Args:
     step: the training step to load of a stage that trained; None for its result.
@@ -95,19 +99,13 @@ def load_model(
     path, digest = str(open_recorded(checkpoint).path), checkpoint.summary["digest"]
   else:
     path, digest = str(checkpoint.folder), checkpoint.digest
-  return _load(path, digest, step, mesh, compute, engine)
-
-
-@functools.lru_cache(maxsize=1)
-def _load(
-  path: str,
-  digest: str,
-  step: int | None,
-  mesh: LocalMeshConfig,
-  compute: ComputeConfig,
-  engine: EngineConfig,
-) -> LocalModel:
-  del digest  # part of the key: with other files it is another model
-  slots, length = engine.num_slots, engine.max_length
-  opened = open_checkpoint(path, step=step)
-  return local.load(opened, mesh.make(), num_slots=slots, max_length=length, compute=compute)
+  key = (path, digest, step, mesh, compute, engine)  # with other files it is another model
+  if key not in _loaded:
+    while _loaded:  # before the next one takes memory
+      _loaded.popitem()[1].close()
+    slots, length = engine.num_slots, engine.max_length
+    opened = open_checkpoint(path, step=step)
+    _loaded[key] = local.load(
+      opened, mesh.make(), num_slots=slots, max_length=length, compute=compute
+    )
+  return _loaded[key]

@@ -136,7 +136,7 @@ def _found(evals: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 def _value_cells(found: Mapping[str, Any] | None, name: str, label: str) -> dict[str, blocks.Cell]:
   if found is None:
     return {label: None, "95%": None}
-  form = benchmark_results.form_of(name)
+  form = benchmark_results.form_of(name, found["value"])
   interval = blocks.Interval(*as_estimate(found).interval95, signed=False, **form)
   return {label: blocks.Number(found["value"], **form), "95%": interval}
 

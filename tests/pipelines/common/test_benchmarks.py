@@ -16,15 +16,17 @@ from configs import sbp_quick
 from selfimprove_jax import report
 from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.evaluation import statistics
+from selfimprove_jax.language_models.local import ComputeConfig
 from selfimprove_jax.models.checkpoints import saved_steps
 from selfimprove_jax.pipelines import sbp
-from selfimprove_jax.pipelines.common import benchmarks
+from selfimprove_jax.pipelines.common import benchmarks, checkpoints
 from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
 from selfimprove_jax.runs import runner, storage
 from selfimprove_jax.runs.stage import Run
 from selfimprove_jax.runtime.config import parse, to_json
-from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.runtime.partitioning import LocalMeshConfig, MeshConfig
 from selfimprove_jax.runtime.progress import Progress
+from selfimprove_jax.sampling.engine import EngineConfig
 
 _WORDS = (
   *("the", "a", "of", "sea", "wave", "salt", "tide", "foam", "deep", "blue", "ship", "sail"),
@@ -187,6 +189,16 @@ def test_the_checkpoints_on_disk_are_measured_and_drawn(config, finished, made):
     assert points[-1]["value"] == final["value"] != points[0]["value"]
   titles = [section.title for section in made.sections]
   assert "Benchmarks during the first training of each arm" in titles
+
+
+def test_stages_share_a_model_until_another_is_loaded(finished):
+  trained = Run(finished, None).artifact("arms/oracle")
+  parts = (LocalMeshConfig(), ComputeConfig(), EngineConfig(num_slots=4, max_length=64))
+  steps = saved_steps(trained.folder)
+  first = checkpoints.load_model(trained, *parts)
+  assert checkpoints.load_model(trained, *parts) is first
+  other = checkpoints.load_model(trained, *parts, step=steps[0])
+  assert first.engine is None and other.engine is not None
 
 
 def test_a_dynamics_stage_made_again_has_the_same_bytes(config, finished, tmp_path):
