@@ -126,9 +126,12 @@ def measure(kind: str, model: Any, peer: Any, arguments: argparse.Namespace) -> 
 
 def forget_prefixes(model: local.LocalModel) -> None:
   """Makes the engine forget the shared parts of the last turn, by others that take their place."""
+  engine = model.engine
+  # An entry of the engine's cache has at least 64 positions, and it holds half a slot for each.
+  number = engine.num_slots * engine.max_length // 64
   asked = (
-    ScoreRequest(context=[first, 3, 4], continuation=[5], shared=[2])
-    for first in range(model.engine.num_slots)
+    ScoreRequest(context=[2 + first, 3, 4], continuation=[5, 6], shared=[2])
+    for first in range(number)
   )
   for score in model.score(asked):
     assert score.error is None, score.error

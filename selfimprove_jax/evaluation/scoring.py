@@ -6,6 +6,7 @@ context that is too long loses its beginning.
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -66,16 +67,31 @@ class _Asked:
     self._local = model if isinstance(model, LocalModel) else None
     item = example.item
     if isinstance(item, Choices):
-      pairs = item.pairs()
-      counts = collections.Counter(context for context, _ in pairs)
-      self.scores = [self._pair(*pair, item.preamble, counts[pair[0]] > 1) for pair in pairs]
+      self.scores = self._choices(item)
     elif isinstance(item, Generation):
       self.texts = [self._text(item)]
     else:
       self.scores = list(self._windows(item))
 
-  def _pair(self, context: str, continuation: str, preamble: int, has_others: bool) -> ScoreRequest:
-    """Returns the request of a choice; `has_others` if other choices have the same context."""
+  def _choices(self, item: Choices) -> list[ScoreRequest]:
+    """Returns the requests of an item's choices, which share contexts where that saves anything."""
+    pairs = item.pairs()
+    requests = [self._pair(*pair, item.preamble) for pair in pairs]
+    if self._local is None:
+      return requests
+    inputs = collections.defaultdict(set)
+    for (context, _), request in zip(pairs, requests):
+      inputs[context].add((*request.context, *request.continuation[:-1]))
+    # Requests that differ in their last token only, such as A, B, C and D, are one row anyway.
+    return [
+      dataclasses.replace(request, shared=[*request.shared, len(request.context)])
+      if len(inputs[context]) > 1
+      else request
+      for (context, _), request in zip(pairs, requests)
+    ]
+
+  def _pair(self, context: str, continuation: str, preamble: int) -> ScoreRequest:
+    """Returns the request of a choice."""
     kept = context.rstrip()
     pair = kept, context[len(kept) :] + continuation
     request = ScoreRequest(context=pair[0], continuation=pair[1], id=self.example.id)
@@ -83,8 +99,6 @@ class _Asked:
       return request
     ids, rest = self._local.encode_pair(request) if kept else (self._prefix(), self._ids(pair[1]))
     ids, shared = self._cut(ids, self._local.max_length - len(rest), context[:preamble])
-    if has_others:
-      shared.append(len(ids))
     return ScoreRequest(context=ids, continuation=rest, shared=shared, id=self.example.id)
 
   def _text(self, item: Generation) -> TextRequest:

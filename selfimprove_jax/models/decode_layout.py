@@ -61,12 +61,12 @@ class DecodeLlama(llama.Llama):
   """`Llama` on the parameters of `decode_params`; computes the same and takes a cache."""
 
   def run_layers(
-    self, x_BTD, positions_BT, segments_BT, cache, deterministic: bool
+    self, x_BTD, positions_BT, segments_BT, cache, rows, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], llama.Cache | None]:
     caches = [None] * self.c.num_layers if cache is None else list(cache)
     for i in range(self.c.num_layers):
       layer = DecodeLayer(self.c, deterministic, name=f"layers_{i}")
-      x_BTD, caches[i] = layer(x_BTD, positions_BT, segments_BT, caches[i])
+      x_BTD, caches[i] = layer(x_BTD, positions_BT, segments_BT, caches[i], rows)
     return x_BTD, None if cache is None else tuple(caches)
 
 

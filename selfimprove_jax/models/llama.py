@@ -24,6 +24,7 @@ from pydantic import Field
 
 from selfimprove_jax.models import cpu
 from selfimprove_jax.models.attention import Implementation, attend
+from selfimprove_jax.models.packed_rows import PackedRows
 from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.runtime.config import section
 
@@ -257,7 +258,7 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD, positions_BT, segments_BT, cache
+    self, x_BTD, positions_BT, segments_BT, cache, rows=None
   ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     c = self.c
     N, H = c.num_heads, c.head_dim
@@ -269,6 +270,9 @@ class Attention(nn.Module):
     q_BTNH = checkpoint_name(rope(q_BTNH, positions_BT, c), "qkv")
     k_BTKH = checkpoint_name(rope(k_BTKH, positions_BT, c), "qkv")
     v_BTKH = checkpoint_name(v_BTKH, "qkv")
+    if rows is not None:
+      q_BTNH, k_BTKH, v_BTKH = map(rows.lay_out, (q_BTNH, k_BTKH, v_BTKH))
+      positions_BT = rows.positions_RC
     k_BKSH, v_BKSH, key_positions_BS = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), positions_BT
     if cache is not None:
       cache, key_positions_BS = cache.write(k_BKSH, v_BKSH, positions_BT)
@@ -283,6 +287,8 @@ class Attention(nn.Module):
       key_segments_BS=segments_BT,
       implementation=c.attention,
     )
+    if rows is not None:
+      context_BTNH = rows.pack(context_BTNH)
     context_BTNH = checkpoint_name(context_BTNH, "context")
     # Weights that write to the residual stream start smaller, by the number of such writes (GPT-2).
     wo_NHD = make_weight(self, c, "wo_NHD", (N, H, c.embed_dim), 2 * c.num_layers * N * H)
@@ -341,13 +347,13 @@ class Layer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD, positions_BT, segments_BT, cache=None
+    self, x_BTD, positions_BT, segments_BT, cache=None, rows=None
   ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     c = self.c
     dropout = functools.partial(nn.Dropout, c.dropout_rate, deterministic=self.deterministic)
     h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
     attention = self.attention_class(c, name="attention")
-    h_BTD, cache = attention(h_BTD, positions_BT, segments_BT, cache)
+    h_BTD, cache = attention(h_BTD, positions_BT, segments_BT, cache, rows)
     x_BTD += dropout(name="attention_dropout")(h_BTD)
     h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
     x_BTD += dropout(name="mlp_dropout")(self.mlp_class(c, name="mlp")(h_BTD))
@@ -368,6 +374,7 @@ class Llama(nn.Module):
     segments_BT: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
     *,
+    rows: PackedRows | None = None,
     deterministic: bool = True,
     logits: bool = True,
   ) -> tuple[Float[Array, "B T V"] | Float[Array, "B T D"], Cache | None]:
@@ -378,6 +385,8 @@ class Llama(nn.Module):
       segments_BT: document of each token, 0 for padding; None if a row is one document.
       cache: keys and values are written to it at `positions_BT`, and attention reads all of it;
         only `decode_layout.DecodeLlama` takes one.
+      rows: the rows that `tokens_BT` packs, one document each; the cache, if any, is of these rows.
+        Only `decode_layout.DecodeLlama` takes them.
       deterministic: False turns dropout on, with the rng named "dropout".
       logits: False returns the final hidden states (after the last norm) instead.
 
@@ -387,6 +396,8 @@ class Llama(nn.Module):
     c = self.c
     if cache is not None and segments_BT is not None:
       raise ValueError("a cache holds one document per row: pass segments or a cache, not both")
+    if rows is not None and segments_BT is not None:
+      raise ValueError("packed rows are one document each: pass segments or rows, not both")
     embedding_VD = _make_param(
       self, c, "embedding_VD", (c.vocab_size, c.embed_dim), nn.initializers.normal(0.02)
     )
@@ -396,7 +407,7 @@ class Llama(nn.Module):
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
     x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "act_embed"))
     x_BTD = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x_BTD)
-    x_BTD, cache = self.run_layers(x_BTD, positions_BT, segments_BT, cache, deterministic)
+    x_BTD, cache = self.run_layers(x_BTD, positions_BT, segments_BT, cache, rows, deterministic)
     x_BTD = RMSNorm(c, name="final_norm")(x_BTD)
     if c.tie_embeddings:
       head_DV = embedding_VD.T
@@ -407,11 +418,14 @@ class Llama(nn.Module):
     return project(x_BTD, head_DV.astype(c.dtype), jnp.float32), cache
 
   def run_layers(
-    self, x_BTD, positions_BT, segments_BT, cache, deterministic: bool
+    self, x_BTD, positions_BT, segments_BT, cache, rows, deterministic: bool
   ) -> tuple[Float[Array, "B T D"], Cache | None]:
     c = self.c
-    if cache is not None:
-      raise ValueError("Llama takes no cache; decode_layout.DecodeLlama is the form to sample with")
+    if cache is not None or rows is not None:
+      raise ValueError(
+        "Llama takes no cache and no packed rows; decode_layout.DecodeLlama is the form to sample "
+        "with"
+      )
     layer = Layer
     if c.remat != "none":
       # The scan already keeps XLA from merging the recomputation with the forward pass.

@@ -289,34 +289,6 @@ def _advance(rows: Rows, tokens_B: jax.Array, is_failed_B: jax.Array) -> Rows:
   )
 
 
-def prefix_rows(
-  cache: Cache, entries_P: Int[Array, "P"], lengths_P: Int[Array, "P"], span: int
-) -> Cache:
-  """Copies entries of the cache of prefixes to the rows of a cache of `span` positions.
-
-  Rows are 0 behind the length that is given: an entry may hold more, of another request, and a NaN
-  there would spread although it is masked.
-  """
-  is_held_P1S1 = (jnp.arange(span)[None] < lengths_P[:, None])[:, None, :, None]
-
-  def take(x_EKSH: jax.Array) -> jax.Array:
-    return jnp.where(is_held_P1S1, x_EKSH[entries_P, :, :span], 0)
-
-  return jax.tree.map(take, cache)
-
-
-def _begin_prefill(
-  c: LlamaConfig,
-  shape: tuple[int, int],
-  prefixes: tuple[Cache, Array, Array] | None,
-  span: int | None,
-) -> tuple[Cache, Int[Array, "P"]]:
-  """Returns the cache that prompts are prefilled into, and the position where each one starts."""
-  if prefixes is None:
-    return init_cache(c, *shape), jnp.zeros(shape[0], jnp.int32)
-  return prefix_rows(*prefixes, span), prefixes[2]
-
-
 class Programs(NamedTuple):
   """The jitted programs; `rows` and `cache` are donated, and returned changed.
 
@@ -324,9 +296,9 @@ class Programs(NamedTuple):
   that are not attached.
 
   Attributes:
-    admit: (params, rows, cache, new_rows, words_R4, slots_R, prompts_PT, sources_R, prefixes,
-      span) -> (rows, cache); arguments as in `admit`, `record_keys` and `prefix_rows`, whose first
-      three `prefixes` holds: None if prompts are prefilled whole.
+    admit: (params, rows, cache, new_rows, words_R4, slots_R, prompts_PT, sources_R, prefixes)
+      -> (rows, cache); arguments as in `admit` and `record_keys`; `prefixes` is what
+      `Prefixes.rows` returns, None if prompts are prefilled whole.
     draw: (params, rows, cache, extras, num_steps, features) -> (rows, cache, drawn).
     end_rows: (rows, ended_B) -> rows; marks slots as done.
     wipe: (cache, wiped_B) -> cache; zeroes slots.
@@ -362,12 +334,14 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
     slots_R: jax.Array,
     prompts_PT: jax.Array | None,
     sources_R: jax.Array | None,
-    prefixes: tuple[Cache, jax.Array, jax.Array] | None = None,
-    span: int | None = None,
+    prefixes: tuple[Cache, jax.Array] | None = None,
   ) -> tuple[Rows, Cache]:
-    prompt_cache, firsts_P = None, None
-    if prompts_PT is not None:
-      prompt_cache, firsts_P = _begin_prefill(c, prompts_PT.shape, prefixes, span)
+    prompt_cache, firsts_P = prefixes or (None, None)
+    if prefixes is None and prompts_PT is not None:
+      prompt_cache, firsts_P = (
+        init_cache(c, *prompts_PT.shape),
+        jnp.zeros(len(prompts_PT), jnp.int32),
+      )
     return admit(
       functools.partial(model_fn, params, False),
       rows,
@@ -408,7 +382,6 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
   return Programs(
     admit=jit(
       admit_prompts,
-      static_argnames="span",
       donate_argnums=(1, 2),
       out_shardings=(replicated, cached),
     ),
@@ -438,14 +411,9 @@ def prefill_rows(bucket: int, *, num_slots: int, mesh: Mesh, is_padded: bool) ->
   """
   padded = _PADDED_PREFILL_TOKENS.get(_platform(mesh), _PREFILL_TOKENS)
   tokens = padded if is_padded else _PREFILL_TOKENS
-  return rows_of_tokens(tokens, bucket, mesh, most=num_slots)
-
-
-def rows_of_tokens(tokens: int, length: int, mesh: Mesh, *, most: int) -> int:
-  """Returns the number of rows that hold some tokens: a multiple of the batch shards."""
   shards = partitioning.num_batch_shards(mesh)
-  rows = min(max(tokens // length, 1), most)
-  return -(-rows // shards) * shards
+  rows = min(max(tokens // bucket, 1), num_slots)
+  return -(-rows // shards) * shards  # a multiple of the batch shards
 
 
 def _platform(mesh: Mesh) -> str:

@@ -115,9 +115,9 @@ class Engine:
     self._c = decode_layout.decode_config(model.c)
     self._params = decode_layout.decode_params(params, model.c, mesh)
     self._programs = decode.make_programs(self._c, mesh)
-    entries = max(num_slots // _SLOTS_PER_PREFIX, 1)
+    held = max(num_slots // _SLOTS_PER_PREFIX, 1) * max_length
     self._prefixes = Prefixes(
-      self._c, self._params, mesh, num_entries=entries, max_length=max_length
+      self._c, self._params, mesh, num_positions=held, max_length=max_length
     )
     self._scorer = Scorer(
       self._c,
@@ -313,7 +313,7 @@ class Engine:
       return
     most = self._prefill_rows(length)
     if span:
-      most = min(most, self._prefixes.num_entries)
+      most = min(most, self._prefixes.most_held(span))
     prompts: dict[_Prompt, int] = {}
     group, sources = [], []
     # Samples of one prompt come one after another, so they meet here and share its prefill.
@@ -379,7 +379,6 @@ class Engine:
         prompts_PT,
         sources_R,
         prefixes,
-        span=span or None,
       )
 
   def _draw_tokens(self) -> None:

@@ -5,15 +5,14 @@ Its prompt is prefilled in these segments, one after the other, whether or not a
 shares them, so its keys and values are bit-identical whatever else is asked. Segments that the
 cache still holds from an earlier request are not computed again.
 
-A small cache on the device holds one chain of segments in each of its entries, and with it all
-beginnings of that chain. Axis letters: E entries, P rows of one call, T their new tokens, S
-positions that they may look at.
+A cache on the device holds one chain of segments in each of its entries, and with it all beginnings
+of that chain: few long ones or many short ones. Axis letters: E entries, R rows of one call, S
+positions of a row, and those of `models/packed_rows.py`.
 """
 
 import collections
 import functools
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,17 +23,19 @@ from jaxtyping import Int
 
 from selfimprove_jax.models.decode_layout import DecodeLlama
 from selfimprove_jax.models.llama import Cache, LlamaConfig, init_cache
+from selfimprove_jax.models.packed_rows import PackedRows
 from selfimprove_jax.runtime import partitioning, xla_options
-from selfimprove_jax.sampling import decode
+from selfimprove_jax.sampling import decode, packing
 
 Chain = tuple[tuple[int, ...], ...]
 """The segments of a prompt's shared part; empty if it shares nothing."""
 
 # Numbers of new tokens, and of positions, that programs are compiled for.
 _LENGTHS = (8, 32, 64, 128, 256)
-_SPANS = (256, 1024, 4096, 16384)
-# Chains are extended together up to this many tokens, and fewer are padded to it.
-_TOKENS_PER_CALL = 128
+_SPANS = (64, 256, 1024, 4096, 16384)
+# Tokens of one call that extends chains, and positions of its rows.
+_TOKENS_PER_CALL = 512
+_POSITIONS_PER_CALL = 4096
 # Longer segments are cut, which bounds the padding. A CPU is as fast with few tokens.
 _MAX_SEGMENT = {"cpu": 256}
 _DEFAULT_MAX_SEGMENT = 1024
@@ -43,25 +44,28 @@ _DEFAULT_MAX_SEGMENT = 1024
 class Prefixes:
   """Holds chains of segments; the least recently used one makes room for a new one."""
 
-  def __init__(self, c: LlamaConfig, params: Any, mesh: Mesh, *, num_entries: int, max_length: int):
+  def __init__(
+    self, c: LlamaConfig, params: Any, mesh: Mesh, *, num_positions: int, max_length: int
+  ):
     """Args:
     c: config of the `DecodeLlama`.
-    num_entries: chains that are held at once.
+    num_positions: of all chains that are held at once, each padded to the longest.
     max_length: longest chain with the tokens that follow it.
     """
-    self.num_entries, self.prefilled_tokens = num_entries, 0
-    self._params, self._mesh, self._max_length = params, mesh, max_length
+    self.prefilled_tokens = 0
+    self._params, self._mesh = params, mesh
+    self._num_positions, self._max_length = num_positions, max_length
     self._platform = mesh.devices.flat[0].platform
-    self._extend_rows, self._resize, self._make = _make_programs(c, mesh)
-    self._chains: list[Chain] = [()] * num_entries
-    self._last_used = [0] * num_entries
+    self._programs = _make_programs(c, mesh)
+    self._chains: list[Chain] = []
+    self._last_used: list[int] = []
     self._clock = 0
-    self._cache: Cache | None = None  # made for the first chain, and as long as was needed
-    self._length = 0
+    self._cache: Cache | None = None  # made for the first chains
+    self._length = 0  # positions of an entry
 
   @property
   def num_compilations(self) -> int:
-    return self._extend_rows._cache_size()
+    return self._programs["extend"]._cache_size()
 
   def chain(self, prompt: Sequence[int], shared: Sequence[int]) -> Chain:
     """Returns the segments of a prompt's shared part, which leaves out at least the last token.
@@ -81,55 +85,75 @@ class Prefixes:
 
   def span(self, chain: Chain, num_tokens: int) -> int:
     """Returns the number of positions to compile for, for a chain and the tokens that follow it."""
-    needed = num_in(chain) + num_tokens
-    size = next((span for span in _SPANS if span >= needed), self._max_length)
     # A cache must be longer than what is written to it at once; see `LayerCache.write`.
-    return max(min(size, self._max_length), bucket(num_tokens) + 1)
+    return max(self._rounded(num_in(chain) + num_tokens), bucket(num_tokens) + 1)
+
+  def most_held(self, span: int) -> int:
+    """Returns the number of chains that can be held at once, if none is longer than a span."""
+    return max(self._num_positions // self._rounded(span), 1)
+
+  def groups(self, chains: Sequence[Chain]) -> Iterator[list[Chain]]:
+    """Yields parts of a sequence of chains that can be held at once."""
+    group: list[Chain] = []
+    longest = 0
+    for chain in chains:
+      longest = max(longest, num_in(chain))
+      if group and len(group) == self.most_held(longest):
+        yield group
+        group, longest = [], num_in(chain)
+      group.append(chain)
+    if group:
+      yield group
 
   def rows(
-    self, chains: Sequence[Chain], size: int, span: int
-  ) -> tuple[Cache, Int[np.ndarray, "P"], Int[np.ndarray, "P"]]:
-    """Returns the cache, and the entry and length of each chain, for `decode.prefix_rows`.
+    self, chains: Sequence[Chain], num_rows: int, span: int
+  ) -> tuple[Cache, Int[np.ndarray, "R"]]:
+    """Returns a cache with each chain in a row of its own, and the chains' lengths.
 
-    What is missing of the chains is prefilled. The entries are valid until the next call.
+    What is missing of the chains is prefilled.
 
     Args:
-      chains: at most `num_entries` different ones.
-      size: number of rows; those after the chains' are padding.
-      span: positions that will be read.
+      chains: at most `most_held` different ones; an empty one leaves its row empty.
+      num_rows: rows behind the chains' are padding.
+      span: positions of a row.
     """
-    entries_P, lengths_P = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    entries_P[: len(chains)] = self.hold(chains, span)
-    lengths_P[: len(chains)] = list(map(num_in, chains))
-    return self._cache, entries_P, lengths_P
+    lengths_R = np.zeros(num_rows, np.int32)
+    lengths_R[: len(chains)] = list(map(num_in, chains))
+    entries_R = np.zeros(num_rows, np.int32)
+    held = self.hold([chain for chain in chains if chain])
+    entries_R[: len(chains)] = [held.get(chain, 0) for chain in chains]
+    return self._take(entries_R, lengths_R, span), lengths_R
 
-  def hold(self, chains: Sequence[Chain], span: int) -> list[int]:
+  def hold(self, chains: Sequence[Chain]) -> dict[Chain, int]:
     """Prefills what is missing of chains, and returns the entry of each; see `rows`."""
+    different = dict.fromkeys(chains)
     self._clock += 1
-    self._grow(span)
+    self._fit(len(different), max(map(num_in, different), default=1))
     while True:
-      found = {chain: self._longest(chain) for chain in chains}
+      held = self._beginnings()
+      found = {chain: _longest(chain, held) for chain in different}
       for entry, num_held in found.values():
         if num_held:
           self._last_used[entry] = self._clock
       # One more segment of each chain; of one that several chains share, once.
       missing = {chain[: n + 1]: entry for chain, (entry, n) in found.items() if n < len(chain)}
       if not missing:
-        return [found[chain][0] for chain in chains]
+        return {chain: entry for chain, (entry, _) in found.items()}
       self._extend(missing, in_use={entry for entry, num_held in found.values() if num_held})
 
-  def _longest(self, chain: Chain) -> tuple[int, int]:
-    """Returns the entry that holds the most segments of a chain, and their number."""
+  def _rounded(self, length: int) -> int:
+    size = next((span for span in _SPANS if span >= length), self._max_length)
+    return min(size, self._max_length)
 
-    def num_common(entry: int) -> int:
-      pairs = zip(chain, self._chains[entry])
-      return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+  def _beginnings(self) -> dict[Chain, int]:
+    """Returns the entry that holds each beginning of the chains, of equals that with the shortest.
 
-    # Among equals the shortest chain: one that holds nothing else is extended in place.
-    entry = max(
-      range(self.num_entries), key=lambda entry: (num_common(entry), -len(self._chains[entry]))
-    )
-    return entry, num_common(entry)
+    A chain that holds nothing else is extended in place.
+    """
+    found = {}
+    for entry in sorted(range(len(self._chains)), key=lambda entry: -len(self._chains[entry])):
+      found |= {self._chains[entry][:n]: entry for n in range(len(self._chains[entry]) + 1)}
+    return found
 
   def _extend(self, missing: Mapping[Chain, int], in_use: set[int]) -> None:
     """Prefills the last segments of chains.
@@ -144,7 +168,7 @@ class Prefixes:
         placed[chain] = source
       else:
         # If all entries are in use, each serves one chain, so this chain may overwrite its source.
-        free = [entry for entry in range(self.num_entries) if entry not in taken] or [source]
+        free = [entry for entry in range(len(self._chains)) if entry not in taken] or [source]
         placed[chain] = min(free, key=lambda entry: self._last_used[entry])
       taken.add(placed[chain])
     by_shape = collections.defaultdict(list)
@@ -152,43 +176,65 @@ class Prefixes:
       num_tokens = len(chain[-1])
       by_shape[bucket(num_tokens), self.span(chain[:-1], num_tokens)].append(chain)
     for (length, span), some in sorted(by_shape.items()):
-      size = decode.rows_of_tokens(_TOKENS_PER_CALL, length, self._mesh, most=self.num_entries)
-      for start in range(0, len(some), size):
-        self._call(length, span, size, missing, {c: placed[c] for c in some[start : start + size]})
+      shape = packing.make_shape(
+        length,
+        num_tokens=_TOKENS_PER_CALL,
+        most_rows=max(_POSITIONS_PER_CALL // span, 1),
+        num_sequences=partitioning.num_batch_shards(self._mesh),
+      )
+      for sequences in packing.pack([len(chain[-1]) for chain in some], shape):
+        self._call(shape, span, [[some[i] for i in rows] for rows in sequences], missing, placed)
     for chain, entry in placed.items():
       self._chains[entry] = chain
       self._last_used[entry] = self._clock
 
   def _call(
     self,
-    length: int,
+    shape: packing.Shape,
     span: int,
-    size: int,
+    sequences: Sequence[Sequence[Chain]],
     sources: Mapping[Chain, int],
     entries: Mapping[Chain, int],
   ) -> None:
-    tokens_PT = np.zeros((size, length), np.int32)
-    sources_P, lengths_P = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    entries_P = np.full(size, self.num_entries, np.int32)  # out of range: padding, which is dropped
-    for row, (chain, entry) in enumerate(entries.items()):
-      tokens_PT[row, : len(chain[-1])] = chain[-1]
-      sources_P[row], entries_P[row] = sources[chain], entry
-      lengths_P[row] = num_in(chain[:-1])
-      self.prefilled_tokens += len(chain[-1])
-    self._grow(span)
+    sources_R = np.zeros(shape.total_rows, np.int32)
+    lengths_R = np.zeros(shape.total_rows, np.int32)
+    # Out of range: padding, which is dropped.
+    entries_R = np.full(shape.total_rows, len(self._chains), np.int32)
+    for b, chains in enumerate(sequences):
+      for row, chain in enumerate(chains, b * shape.num_rows):
+        sources_R[row], entries_R[row] = sources[chain], entries[chain]
+        lengths_R[row] = num_in(chain[:-1])
+        self.prefilled_tokens += len(chain[-1])
+    asked = [[(chain[-1], num_in(chain[:-1])) for chain in chains] for chains in sequences]
+    tokens_BT, packed = packing.lay_out(asked, shape)
+    rows = self._take(sources_R, lengths_R, span)
     with jax.set_mesh(self._mesh):
-      self._cache = self._extend_rows(
-        self._params, self._cache, sources_P, lengths_P, entries_P, tokens_PT, span=span
-      )
+      rows = self._programs["extend"](self._params, rows, tokens_BT, packed)
+      self._cache = self._programs["put"](self._cache, rows, entries_R)
 
-  def _grow(self, length: int) -> None:
-    if length <= self._length:
+  def _take(
+    self, entries_R: Int[np.ndarray, "R"], lengths_R: Int[np.ndarray, "R"], span: int
+  ) -> Cache:
+    with jax.set_mesh(self._mesh):
+      return self._programs["take"](self._cache, entries_R, lengths_R, span=span)
+
+  def _fit(self, number: int, length: int) -> None:
+    """Makes entries long enough, and enough of them; keeps those chains for which there is room."""
+    length = self._rounded(length)
+    if self._cache is not None and length <= self._length and number <= len(self._chains):
       return
+    size = self.most_held(length)
+    by_use = sorted(range(len(self._chains)), key=lambda entry: -self._last_used[entry])
+    kept = [entry for entry in by_use if num_in(self._chains[entry]) <= length][:size]
     with jax.set_mesh(self._mesh):
       if self._cache is None:
-        self._cache = self._make(batch=self.num_entries, length=length)
+        self._cache = self._programs["make"](batch=size, length=length)
       else:
-        self._cache = self._resize(self._cache, length=length)
+        kept_E = np.array(kept + [0] * (size - len(kept)), np.int32)
+        self._cache = self._programs["rearrange"](self._cache, kept_E, length=length)
+    missing = size - len(kept)
+    self._chains = [self._chains[entry] for entry in kept] + [()] * missing
+    self._last_used = [self._last_used[entry] for entry in kept] + [0] * missing
     self._length = length
 
 
@@ -200,47 +246,62 @@ def bucket(num_tokens: int) -> int:
   return size
 
 
+def _longest(chain: Chain, held: Mapping[Chain, int]) -> tuple[int, int]:
+  """Returns the entry that holds the most segments of a chain, and their number."""
+  num_held = next((n for n in range(len(chain), 0, -1) if chain[:n] in held), 0)
+  return held.get(chain[:num_held], 0), num_held
+
+
 def num_in(chain: Chain) -> int:
   """Returns the number of tokens in a chain."""
   return sum(map(len, chain))
 
 
 @functools.cache
-def _make_programs(c: LlamaConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
-  """Returns the jitted programs (extend, resize, make)."""
+def _make_programs(c: LlamaConfig, mesh: Mesh) -> dict[str, Any]:
+  """Returns the jitted programs.
+
+  Only `extend` runs the model. It does not read the cache itself, so it need not be compiled again
+  for each size of the cache.
+  """
   model = DecodeLlama(c)
 
-  def extend(
-    params: Any,
-    cache: Cache,
-    sources_P: jax.Array,
-    lengths_P: jax.Array,
-    entries_P: jax.Array,
-    tokens_PT: jax.Array,
-    span: int,
-  ) -> Cache:
-    rows = decode.prefix_rows(cache, sources_P, lengths_P, span)
-    positions_PT = lengths_P[:, None] + jnp.arange(tokens_PT.shape[1], dtype=jnp.int32)[None]
+  def take(cache: Cache, entries_R: jax.Array, lengths_R: jax.Array, span: int) -> Cache:
+    # Rows are 0 behind their length: an entry may hold more, of another request, and a NaN there
+    # would spread although it is masked.
+    is_held_R1S1 = (jnp.arange(span)[None] < lengths_R[:, None])[:, None, :, None]
+    return jax.tree.map(
+      lambda x_EKSH: jnp.where(is_held_R1S1, decode.resized(x_EKSH[entries_R], span), 0), cache
+    )
+
+  def extend(params: Any, rows: Cache, tokens_BT: jax.Array, packed: PackedRows) -> Cache:
+    positions_BT = packed.pack(packed.positions_RC)
     with partitioning.axis_rules():
-      _, rows = model.apply({"params": params}, tokens_PT, positions_PT, cache=rows, logits=False)
+      options = dict(cache=rows, rows=packed, logits=False)
+      return model.apply({"params": params}, tokens_BT, positions_BT, **options)[1]
 
-    def put(old_EKSH: jax.Array, new_PKSH: jax.Array) -> jax.Array:
-      return old_EKSH.at[entries_P, :, :span].set(new_PKSH, mode="drop")
+  def put(cache: Cache, rows: Cache, entries_R: jax.Array) -> Cache:
+    def put_one(old_EKSH: jax.Array, new_RKSH: jax.Array) -> jax.Array:
+      span = min(old_EKSH.shape[2], new_RKSH.shape[2])
+      return old_EKSH.at[entries_R, :, :span].set(new_RKSH[:, :, :span], mode="drop")
 
-    return jax.tree.map(put, cache, rows)
+    return jax.tree.map(put_one, cache, rows)
 
-  def resize(cache: Cache, length: int) -> Cache:
-    return jax.tree.map(lambda x: decode.resized(x, length), cache)
+  def rearrange(cache: Cache, kept_E: jax.Array, length: int) -> Cache:
+    return jax.tree.map(lambda x_EKSH: decode.resized(x_EKSH[kept_E], length), cache)
 
   def make(batch: int, length: int) -> Cache:
     return init_cache(c, batch, length)
 
   # Any row may read any entry, so every batch shard has all of them.
-  sharding = NamedSharding(mesh, partitioning.spec(None, "kv_heads"))
+  held = NamedSharding(mesh, partitioning.spec(None, "kv_heads"))
+  rows = decode.cache_sharding(mesh)
   options = xla_options.for_platform(mesh.devices.flat[0].platform)
-  jit = functools.partial(jax.jit, compiler_options=options, out_shardings=sharding)
-  return (
-    jit(extend, static_argnames="span", donate_argnums=1),
-    jit(resize, static_argnames="length"),
-    jit(make, static_argnames=("batch", "length")),
-  )
+  jit = functools.partial(jax.jit, compiler_options=options)
+  return {
+    "take": jit(take, static_argnames="span", out_shardings=rows),
+    "extend": jit(extend, donate_argnums=1, out_shardings=rows),
+    "put": jit(put, donate_argnums=0, out_shardings=held),
+    "rearrange": jit(rearrange, static_argnames="length", out_shardings=held),
+    "make": jit(make, static_argnames=("batch", "length"), out_shardings=held),
+  }

@@ -1,7 +1,7 @@
 """Log-likelihoods of given continuations, on the engine's parameters.
 
-Axis letters: P rows of one call, T their length without the last token, A requests of one row, C
-positions of one block of logits.
+Axis letters: those of `models/packed_rows.py`; M targets of a sequence, A requests of one row, m
+targets of one block of logits.
 """
 
 import collections
@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from selfimprove_jax.models import llama
 from selfimprove_jax.models.decode_layout import DecodeLlama
 from selfimprove_jax.models.llama import Cache
+from selfimprove_jax.models.packed_rows import PackedRows
 from selfimprove_jax.runtime import partitioning, xla_options
-from selfimprove_jax.sampling import decode, sampler
+from selfimprove_jax.sampling import packing, sampler
 from selfimprove_jax.sampling.prefixes import Chain, Prefixes, bucket, num_in
 from selfimprove_jax.sampling.requests import (
   MAX_TOP_LOGPROBS,
@@ -32,16 +33,16 @@ from selfimprove_jax.sampling.running import check_shared, check_tokens
 
 # Requests that are sorted by length together, so that calls are full.
 _LOOK_AHEAD = 1024
-# Tokens of one call. A CPU is as fast with few, and padding the last call costs less.
-_TOKENS_PER_CALL = {"cpu": 256}
+# Tokens of one call. A CPU is as fast with few, and a last call that is not full costs less.
+_TOKENS_PER_CALL = {"cpu": 512}
 _DEFAULT_TOKENS_PER_CALL = 8192
 # Rows of logits in memory at once: float32 logits of a whole call would be gigabytes.
-_LOGITS_ROWS = 512
-
+_LOGITS_ROWS = {"cpu": 128}
+_DEFAULT_LOGITS_ROWS = 512
 # Requests of equal inputs that one row scores.
-_ALTERNATIVES = 4
+_ALTERNATIVES = 16
 
-_Top = tuple[Int[Array, "P S k"], Float[Array, "P S k"]]
+_Top = tuple[Int[Array, "B M k"], Float[Array, "B M k"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +111,9 @@ class Scorer:
           by_chain[chain].append(_Asked(place, request, chain))
       scores |= self._score_group(by_chain.pop((), []))
       # Sorted, so that chains with the same beginning come one after another.
-      chains, most = sorted(by_chain), self._prefixes.num_entries
-      for start in range(0, len(chains), most):
-        some = chains[start : start + most]
-        self._prefixes.hold(some, span=0)  # those of several calls at once
-        scores |= self._score_group([asked for chain in some for asked in by_chain[chain]])
+      for chains in self._prefixes.groups(sorted(by_chain)):
+        self._prefixes.hold(chains)  # those of several calls at once
+        scores |= self._score_group([asked for chain in chains for asked in by_chain[chain]])
       yield from (scores[place] for place in range(len(group)))
 
   def _check(self, request: ScoreRequest) -> None:
@@ -144,38 +143,50 @@ class Scorer:
     found: dict[int, ContinuationScore] = {}
     for (length, span, num_top), some in sorted(by_shape.items()):
       rows = _rows_of_equal_inputs(some)
-      size = self._num_rows(length, span)
-      for start in range(0, len(rows), size):
-        found |= self._call(length, span, num_top, size, rows[start : start + size])
+      shape = packing.make_shape(
+        length,
+        num_tokens=_TOKENS_PER_CALL.get(self._platform, _DEFAULT_TOKENS_PER_CALL),
+        most_rows=max(self._most_positions // max(span, length), 1),
+        num_sequences=partitioning.num_batch_shards(self._mesh),
+      )
+      for sequences in packing.pack([len(alternatives[0].inputs) for alternatives in rows], shape):
+        found |= self._call(shape, span, num_top, [[rows[i] for i in s] for s in sequences])
     return found
 
-  def _num_rows(self, length: int, span: int) -> int:
-    tokens = _TOKENS_PER_CALL.get(self._platform, _DEFAULT_TOKENS_PER_CALL)
-    most = _LOGITS_ROWS if not span else max(min(_LOGITS_ROWS, self._most_positions // span), 1)
-    return decode.rows_of_tokens(tokens, length, self._mesh, most=most)
-
   def _call(
-    self, length: int, span: int, num_top: int, size: int, rows: Sequence[Sequence[_Asked]]
+    self,
+    shape: packing.Shape,
+    span: int,
+    num_top: int,
+    sequences: Sequence[Sequence[Sequence[_Asked]]],
   ) -> dict[int, ContinuationScore]:
-    tokens_PT = np.zeros((size, length), np.int32)
-    targets_PTA = np.zeros((size, length, _ALTERNATIVES), np.int32)
-    starts_P, lengths_P = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    for row, alternatives in enumerate(rows):
-      first = alternatives[0]
-      tokens_PT[row, : len(first.inputs)] = first.inputs
-      num_targets = len(first.request.continuation)
-      starts_P[row], lengths_P[row] = len(first.inputs) - num_targets, num_targets
-      for a, asked in enumerate(alternatives):
-        targets_PTA[row, :num_targets, a] = asked.request.continuation
-      self.scored_tokens += len(first.inputs)
-    chains = [alternatives[0].chain for alternatives in rows]
-    prefixes = self._prefixes.rows(chains, size, span) if span else None
-    arguments = (self._params, tokens_PT, targets_PTA, starts_P, lengths_P, prefixes)
+    at_BM = np.zeros((shape.num_sequences, shape.num_tokens), np.int32)
+    targets_BMA = np.zeros((*at_BM.shape, _ALTERNATIVES), np.int32)
+    places = []  # (alternatives, sequence, its targets)
+    chains: list[Chain] = [()] * shape.total_rows
+    num_targets = 0  # of the sequence that has most
+    for b, rows in enumerate(sequences):
+      begin = end = 0  # tokens, targets
+      for row, alternatives in enumerate(rows):
+        first = alternatives[0]
+        targets = slice(end, end + len(first.request.continuation))
+        begin, end = begin + len(first.inputs), targets.stop
+        at_BM[b, targets] = np.arange(begin - (targets.stop - targets.start), begin)
+        for a, asked in enumerate(alternatives):
+          targets_BMA[b, targets, a] = asked.request.continuation
+        chains[b * shape.num_rows + row] = first.chain
+        places.append((alternatives, b, targets))
+      self.scored_tokens += begin
+      num_targets = max(num_targets, end)
+    asked = [[(r[0].inputs, num_in(r[0].chain)) for r in rows] for rows in sequences]
+    tokens_BT, packed = packing.lay_out(asked, shape)
+    prefixes = self._prefixes.rows(chains, shape.total_rows, span)[0] if span else None
+    arguments = (self._params, tokens_BT, packed, at_BM, targets_BMA, np.int32(num_targets))
     with jax.set_mesh(self._mesh):
-      found = jax.device_get(self._program(*arguments, span=span, num_top=num_top))
+      found = jax.device_get(self._program(*arguments, prefixes, num_top=num_top))
     return {
-      asked.place: _result(asked.request, row, a, *found)
-      for row, alternatives in enumerate(rows)
+      asked.place: _result(asked.request, a, *jax.tree.map(lambda x, at=(b, at): x[at], found))
+      for alternatives, b, at in places
       for a, asked in enumerate(alternatives)
     }
 
@@ -196,21 +207,20 @@ def _rows_of_equal_inputs(group: Sequence[_Asked]) -> list[list[_Asked]]:
 
 def _result(
   request: ScoreRequest,
-  row: int,
   a: int,
-  logprobs_PTA: np.ndarray,
-  is_greedy_PA: np.ndarray,
-  is_failed_P: np.ndarray,
-  top: Any,
+  logprobs_MA: np.ndarray,
+  is_greedy_MA: np.ndarray,
+  is_failed_M: np.ndarray,
+  top: tuple[np.ndarray, np.ndarray],
 ) -> ContinuationScore:
-  if is_failed_P[row]:
+  """Returns a score from the results for its targets."""
+  if is_failed_M.any():
     return _failed("the model's logits are NaN or infinite")
-  logprobs = logprobs_PTA[row, : len(request.continuation), a]
   likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
   if request.num_top:
-    columns = (x_PTk[row, : len(logprobs), : request.num_top].tolist() for x_PTk in top)
+    columns = (x_Mk[:, : request.num_top].tolist() for x_Mk in top)
     likeliest = tuple(tuple(zip(*place)) for place in zip(*columns))
-  return ContinuationScore(logprobs, bool(is_greedy_PA[row, a]), top=likeliest)
+  return ContinuationScore(logprobs_MA[:, a], bool(is_greedy_MA[:, a].all()), top=likeliest)
 
 
 def _compiled_top(request: ScoreRequest) -> int:
@@ -220,10 +230,12 @@ def _compiled_top(request: ScoreRequest) -> int:
 
 @functools.cache
 def _make_program(c: llama.LlamaConfig, mesh: Mesh) -> Any:
+  platform = mesh.devices.flat[0].platform
+  block = _LOGITS_ROWS.get(platform, _DEFAULT_LOGITS_ROWS)
   return jax.jit(
-    functools.partial(score, DecodeLlama(c)),
-    static_argnames=("span", "num_top"),
-    compiler_options=xla_options.for_platform(mesh.devices.flat[0].platform),
+    functools.partial(score, DecodeLlama(c), logits_rows=block),
+    static_argnames="num_top",
+    compiler_options=xla_options.for_platform(platform),
     out_shardings=partitioning.replicated(mesh),
   )
 
@@ -231,107 +243,93 @@ def _make_program(c: llama.LlamaConfig, mesh: Mesh) -> Any:
 def score(
   model: DecodeLlama,
   params: Any,
-  tokens_PT: Int[Array, "P T"],
-  targets_PTA: Int[Array, "P T A"],
-  starts_P: Int[Array, "P"],
-  lengths_P: Int[Array, "P"],
-  prefixes: tuple[Cache, Int[Array, "P"], Int[Array, "P"]] | None,
+  tokens_BT: Int[Array, "B T"],
+  rows: PackedRows,
+  at_BM: Int[Array, "B M"],
+  targets_BMA: Int[Array, "B M A"],
+  num_targets: Int[Array, ""],
+  prefixes: Cache | None,
   *,
-  span: int,
+  logits_rows: int,
   num_top: int = 0,
-) -> tuple[Float[Array, "P T A"], Bool[Array, "P A"], Bool[Array, "P"], _Top]:
+) -> tuple[Float[Array, "B M A"], Bool[Array, "B M A"], Bool[Array, "B M"], _Top]:
   """Computes the log-probabilities of target tokens.
 
   Args:
-    tokens_PT: prompt and continuation without its last token, and without what `prefixes` holds,
-      padded on the right.
-    targets_PTA: continuations of equal length, from the first column.
-    starts_P: column whose logits predict the first target.
-    lengths_P: number of targets; 0 for padding rows.
-    prefixes: arguments of `decode.prefix_rows` for the beginnings of the prompts; None without.
-    span: positions that tokens may look at; of no effect without `prefixes`.
+    tokens_BT: packed rows: prompt and continuation without its last token, and without what
+      `prefixes` holds.
+    at_BM: the token whose logits predict each target.
+    targets_BMA: targets of the requests that a row scores.
+    num_targets: of the sequence that has most; what lies behind is padding.
+    prefixes: the beginnings of the prompts, with room for the rest; None without.
+    logits_rows: rows of logits in memory at once.
     num_top: also find this many of the most likely tokens at each place.
 
   Returns:
-    Log-probabilities of the targets (valid in the first `lengths_P` columns), whether every target
-    is the argmax, whether a logit was NaN or infinite, and the most likely tokens with their
-    log-probabilities.
+    Log-probabilities of the targets, whether each is the argmax, whether a logit was NaN or
+    infinite, and the most likely tokens with their log-probabilities.
   """
-  P, T = tokens_PT.shape
-  C = min(max(_LOGITS_ROWS // P, 1), T)
-  hidden_PTD = _hidden(model, params, tokens_PT, prefixes, span)
-  head_VD = llama.output_head(params).astype(hidden_PTD.dtype)
-  # A block past the end would be moved back over the one before it by `dynamic_slice`.
-  targets_PSA = jnp.pad(targets_PTA, ((0, 0), (0, -T % C), (0, 0)))
-
+  with partitioning.axis_rules():
+    options = dict(cache=prefixes, rows=rows, logits=False)
+    positions_BT = rows.pack(rows.positions_RC)
+    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, **options)
+  head_VD = llama.output_head(params).astype(hidden_BTD.dtype)
   num_top = min(num_top, head_VD.shape[0])
+  B, M, A = targets_BMA.shape
+  m = min(max(logits_rows // B, 1), M)
+  # A block past the end would be moved back over the one before it by `dynamic_slice`.
+  pad = functools.partial(_pad, -M % m)
+  at_BM, targets_BMA = pad(at_BM), pad(targets_BMA)
 
-  def body(block: jax.Array, carry: tuple) -> tuple:
-    logprobs_PSA, is_greedy_PA, is_failed_P, (ids_PSk, top_PSk) = carry
-    first = block * C
-    offsets_1C = first + jnp.arange(C)[None]
-    is_target_PC = offsets_1C < lengths_P[:, None]
-    at_PC = jnp.minimum(starts_P[:, None] + offsets_1C, T - 1)
-    hidden_PCD = jnp.take_along_axis(hidden_PTD, at_PC[:, :, None], axis=1)
-    logits_PCV = jnp.einsum("PCD,VD->PCV", hidden_PCD, head_VD, preferred_element_type=jnp.float32)
-    target_PCA = jax.lax.dynamic_slice_in_dim(targets_PSA, first, C, axis=1)
-    logprobs_PCV = jax.nn.log_softmax(logits_PCV, axis=-1)
-    logprobs_PCA = jnp.take_along_axis(logprobs_PCV, target_PCA, axis=-1)
-    likeliest_PC = sampler.argmax(logits_PCV.reshape(P * C, -1)).reshape(P, C)
-    if num_top:
-      ids_PCk, top_PCk = _most_likely(logprobs_PCV, likeliest_PC, num_top)
-      ids_PSk = jax.lax.dynamic_update_slice_in_dim(ids_PSk, ids_PCk, first, axis=1)
-      top_PSk = jax.lax.dynamic_update_slice_in_dim(top_PSk, top_PCk, first, axis=1)
-    is_bad_PC = jnp.any(jnp.isnan(logits_PCV) | (logits_PCV == jnp.inf), axis=-1)
-    return (
-      jax.lax.dynamic_update_slice_in_dim(logprobs_PSA, logprobs_PCA, first, axis=1),
-      is_greedy_PA
-      & jnp.all((likeliest_PC[:, :, None] == target_PCA) | ~is_target_PC[:, :, None], axis=1),
-      is_failed_P | jnp.any(is_bad_PC & is_target_PC, axis=1),
-      (ids_PSk, top_PSk),
+  def body(block: jax.Array, found: tuple) -> tuple:
+    cut = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=block * m, slice_size=m, axis=1
+    )
+    hidden_BmD = jnp.take_along_axis(hidden_BTD, cut(at_BM)[:, :, None], axis=1)
+    logits_BmV = jnp.einsum("BmD,VD->BmV", hidden_BmD, head_VD, preferred_element_type=jnp.float32)
+    target_BmA = cut(targets_BMA)
+    likeliest_Bm = sampler.argmax(logits_BmV.reshape(B * m, -1)).reshape(B, m)
+    top_Bmk = _most_likely(logits_BmV, likeliest_Bm, num_top)
+    # `log_softmax` would write as many log-probabilities as there are logits.
+    largest_Bm1 = jnp.max(logits_BmV, axis=-1, keepdims=True)
+    total_Bm1 = jnp.log(jnp.sum(jnp.exp(logits_BmV - largest_Bm1), axis=-1, keepdims=True))
+
+    def logprobs(ids: jax.Array) -> jax.Array:
+      return jnp.take_along_axis(logits_BmV, ids, axis=-1) - largest_Bm1 - total_Bm1
+
+    made = (
+      logprobs(target_BmA),
+      likeliest_Bm[:, :, None] == target_BmA,
+      jnp.any(jnp.isnan(logits_BmV) | (logits_BmV == jnp.inf), axis=-1),
+      (top_Bmk, logprobs(top_Bmk)),
+    )
+    return jax.tree.map(
+      lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, block * m, axis=1), found, made
     )
 
-  # Continuations are mostly much shorter than prompts: only their blocks of logits are computed.
-  num_blocks = (jnp.max(lengths_P) + C - 1) // C
-  P, S, A = targets_PSA.shape
-  places = (P, S, num_top)
-  top = (jnp.zeros(places, jnp.int32), jnp.zeros(places, jnp.float32))
-  carry = (
-    jnp.zeros((P, S, A), jnp.float32),
-    jnp.ones((P, A), bool),
-    jnp.zeros(P, bool),
-    top,
+  empty = (
+    jnp.zeros((B, M, A), jnp.float32),
+    jnp.zeros((B, M, A), bool),
+    jnp.zeros((B, M), bool),
+    (jnp.zeros((B, M, num_top), jnp.int32), jnp.zeros((B, M, num_top), jnp.float32)),
   )
-  logprobs_PSA, is_greedy_PA, is_failed_P, top = jax.lax.fori_loop(0, num_blocks, body, carry)
-  return logprobs_PSA[:, :T], is_greedy_PA, is_failed_P, top
+  # Continuations are mostly much shorter than prompts: only their blocks of logits are computed.
+  num_blocks = (num_targets + m - 1) // m
+  found = jax.lax.fori_loop(0, num_blocks, body, jax.tree.map(pad, empty))
+  return jax.tree.map(lambda x: x[:, :M], found)
 
 
-def _hidden(
-  model: DecodeLlama,
-  params: Any,
-  tokens_PT: Int[Array, "P T"],
-  prefixes: tuple[Cache, Int[Array, "P"], Int[Array, "P"]] | None,
-  span: int,
-) -> Float[Array, "P T D"]:
-  """Returns the final hidden states of tokens that follow what `prefixes` holds."""
-  P, T = tokens_PT.shape
-  positions_PT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (P, T))
-  cache = None
-  if prefixes is not None:
-    cache, positions_PT = decode.prefix_rows(*prefixes, span), positions_PT + prefixes[2][:, None]
-  with partitioning.axis_rules():
-    return model.apply({"params": params}, tokens_PT, positions_PT, cache=cache, logits=False)[0]
+def _pad(number: int, x_BM: jax.Array) -> jax.Array:
+  return jnp.pad(x_BM, ((0, 0), (0, number)) + ((0, 0),) * (x_BM.ndim - 2))
 
 
 def _most_likely(
-  logprobs_PCV: Float[Array, "P C V"], likeliest_PC: Int[Array, "P C"], num_top: int
-) -> tuple[Int[Array, "P C k"], Float[Array, "P C k"]]:
-  """Returns the most likely tokens and their log-probabilities, in descending order."""
-  if num_top == 1:  # without a sort of the vocabulary
-    ids_PCk = likeliest_PC[:, :, None]
-    return ids_PCk, jnp.take_along_axis(logprobs_PCV, ids_PCk, axis=-1)
-  top_PCk, ids_PCk = jax.lax.top_k(logprobs_PCV, num_top)
-  return ids_PCk, top_PCk
+  logits_BmV: Float[Array, "B m V"], likeliest_Bm: Int[Array, "B m"], num_top: int
+) -> Int[Array, "B m k"]:
+  """Returns the most likely tokens, in descending order."""
+  if num_top <= 1:  # without a sort of the vocabulary
+    return likeliest_Bm[:, :, None][:, :, :num_top]
+  return jax.lax.top_k(logits_BmV, num_top)[1]
 
 
 def _failed(error: str) -> ContinuationScore:

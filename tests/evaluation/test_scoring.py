@@ -167,10 +167,9 @@ def test_the_shots_are_computed_once_and_a_question_once_for_its_choices(model):
   prefilled, scored = _spent(model, before)
   num_shared = len(model.prefix_ids) + len(model.tokenizer.encode(shots))
   whole = [len(model.prefix_ids) + len(model.tokenizer.encode(context)) for context in contexts]
-  # A context's last token is computed with the choices. " A" to " D" are two tokens here, a space
-  # and a letter, so that both are read for the second one.
-  assert prefilled == num_shared + sum(length - 1 - num_shared for length in whole)
-  assert scored == 2 * len(contexts)
+  assert prefilled == num_shared
+  # " A" to " D" are two tokens here, a space and a letter; the letter is predicted and not read.
+  assert scored == sum(length + 1 - num_shared for length in whole)
   alone = [dataclasses.replace(e, item=dataclasses.replace(e.item, preamble=0)) for e in examples]
   for record, other in zip(shared, _run(model, *alone), strict=True):
     assert record["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
@@ -178,7 +177,7 @@ def test_the_shots_are_computed_once_and_a_question_once_for_its_choices(model):
 
 def test_a_preamble_that_is_cut_is_shared_as_far_as_it_is_left(model):
   shots = " ".join(f"word{number}" for number in range(100))
-  item = dataclasses.replace(_choices(shots + " the", "answer", "one").item, preamble=len(shots))
+  item = dataclasses.replace(_choices(shots + " the", "an answer", "one").item, preamble=len(shots))
   spy = _Spy(model)
   [record] = _run(spy, Example(id="a:1", group="a", item=item))
   assert record["truncated"] == 2
@@ -205,7 +204,8 @@ def test_shots_of_a_subject_of_mmlu_are_computed_once(real_data, tmp_path, one_d
   contexts = {example.item.contexts[0] for example in examples}  # one question is there twice
   whole = [1 + len(model.tokenizer.encode(context)) for context in contexts]
   assert len(examples) == 100 and num_shared > 500
-  assert model.engine.stats()["prefilled_tokens"] == num_shared + sum(
-    length - 1 - num_shared for length in whole
-  )
+  stats = model.engine.stats()
+  assert stats["prefilled_tokens"] == num_shared
+  # As in the test above: a space is read, the letter behind it is not.
+  assert stats["scored_tokens"] == sum(length + 1 - num_shared for length in whole)
   model.close()

@@ -40,7 +40,7 @@ def _params():
 def make_engine(one_device_mesh):
   # So small that continuations need several blocks of logits, the last of them cut.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(scoring, "_LOGITS_ROWS", 24)
+    patch.setitem(scoring._LOGITS_ROWS, "cpu", 24)
 
     def make(mesh=one_device_mesh, **changes):
       params = jax.device_put(_params() | changes, partitioning.replicated(mesh))
