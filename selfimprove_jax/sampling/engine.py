@@ -124,7 +124,8 @@ class Engine:
       self._params,
       mesh,
       prefixes=self._prefixes,
-      buckets=_buckets(powers, longest),
+      # Short rows are packed, so finer lengths would only compile more programs.
+      buckets=_buckets([power for power in powers if power >= 64], longest),
       most_positions=num_slots * max_length // _SLOTS_PER_SCORED_PREFIX,
     )
     self._cache_length = max_length if batch_invariant else min(_LEAST_CACHE, max_length)

@@ -11,9 +11,12 @@ from jaxtyping import Int
 
 from selfimprove_jax.models.packed_rows import PackedRows
 
-# Rows fill at least half of their columns, where lengths double from one number of columns to the
-# next; shorter ones fill the rows of a call before its tokens.
-_FILL = 0.5
+# The part of its columns that an average row fills. If rows are shorter, a call has all its rows
+# before it has all its tokens.
+_FILL = 1 / 3
+# Two rows share a sequence of up to this many tokens, so that one that is a little longer than half
+# of the columns leaves less of it empty.
+_ROOM_FOR_TWO = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +44,11 @@ def make_shape(num_columns: int, *, num_tokens: int, most_rows: int, num_sequenc
   """Returns the shape of calls with rows of up to `num_columns` tokens.
 
   Args:
-    num_tokens: of a whole call; more if one row in each sequence needs them.
+    num_tokens: of a whole call; more if the rows need them.
     most_rows: of a whole call; more if there are more sequences.
   """
-  tokens = max(num_tokens // num_sequences, num_columns)
+  at_least = max(num_columns, min(2 * num_columns, _ROOM_FOR_TWO))
+  tokens = max(num_tokens // num_sequences, at_least)
   rows = min(max(most_rows // num_sequences, 1), int(tokens / (_FILL * num_columns)))
   return Shape(num_sequences, min(tokens, rows * num_columns), rows, num_columns)
 

@@ -31,10 +31,10 @@ Chain = tuple[tuple[int, ...], ...]
 """The segments of a prompt's shared part; empty if it shares nothing."""
 
 # Numbers of new tokens, and of positions, that programs are compiled for.
-_LENGTHS = (8, 32, 64, 128, 256)
-_SPANS = (64, 256, 1024, 4096, 16384)
+_LENGTHS = (16, 64, 128, 256)
+_SPANS = (64, 128, 256, 1024, 4096, 16384)
 # Tokens of one call that extends chains, and positions of its rows.
-_TOKENS_PER_CALL = 512
+_TOKENS_PER_CALL = 128
 _POSITIONS_PER_CALL = 4096
 # Longer segments are cut, which bounds the padding. A CPU is as fast with few tokens.
 _MAX_SEGMENT = {"cpu": 256}
@@ -85,8 +85,11 @@ class Prefixes:
 
   def span(self, chain: Chain, num_tokens: int) -> int:
     """Returns the number of positions to compile for, for a chain and the tokens that follow it."""
-    # A cache must be longer than what is written to it at once; see `LayerCache.write`.
-    return max(self._rounded(num_in(chain) + num_tokens), bucket(num_tokens) + 1)
+    size = self._rounded(num_in(chain) + num_tokens)
+    if not chain or size > bucket(num_tokens):
+      return size
+    # A cache must be longer than what is written behind a chain; see `LayerCache.write`.
+    return max(self._rounded(bucket(num_tokens) + 1), bucket(num_tokens) + 1)
 
   def most_held(self, span: int) -> int:
     """Returns the number of chains that can be held at once, if none is longer than a span."""

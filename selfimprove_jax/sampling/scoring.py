@@ -22,7 +22,7 @@ from selfimprove_jax.models.decode_layout import DecodeLlama
 from selfimprove_jax.models.llama import Cache
 from selfimprove_jax.models.packed_rows import PackedRows
 from selfimprove_jax.runtime import partitioning, xla_options
-from selfimprove_jax.sampling import packing, sampler
+from selfimprove_jax.sampling import decode, packing, sampler
 from selfimprove_jax.sampling.prefixes import Chain, Prefixes, bucket, num_in
 from selfimprove_jax.sampling.requests import (
   MAX_TOP_LOGPROBS,
@@ -34,15 +34,16 @@ from selfimprove_jax.sampling.running import check_shared, check_tokens
 # Requests that are sorted by length together, so that calls are full.
 _LOOK_AHEAD = 1024
 # Tokens of one call. A CPU is as fast with few, and a last call that is not full costs less.
-_TOKENS_PER_CALL = {"cpu": 512}
+_TOKENS_PER_CALL = {"cpu": 128}
 _DEFAULT_TOKENS_PER_CALL = 8192
 # Rows of logits in memory at once: float32 logits of a whole call would be gigabytes.
-_LOGITS_ROWS = {"cpu": 128}
+_LOGITS_ROWS = {"cpu": 32}
 _DEFAULT_LOGITS_ROWS = 512
 # Requests of equal inputs that one row scores.
 _ALTERNATIVES = 16
 
 _Top = tuple[Int[Array, "B M k"], Float[Array, "B M k"]]
+_Found = tuple[Float[Array, "B M A"], Bool[Array, "B M A"], Bool[Array, "B M"], _Top]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +184,8 @@ class Scorer:
     prefixes = self._prefixes.rows(chains, shape.total_rows, span)[0] if span else None
     arguments = (self._params, tokens_BT, packed, at_BM, targets_BMA, np.int32(num_targets))
     with jax.set_mesh(self._mesh):
-      found = jax.device_get(self._program(*arguments, prefixes, num_top=num_top))
+      found, _ = self._program(*arguments, prefixes, num_top=num_top)
+    found = jax.device_get(found)
     return {
       asked.place: _result(asked.request, a, *jax.tree.map(lambda x, at=(b, at): x[at], found))
       for alternatives, b, at in places
@@ -235,8 +237,9 @@ def _make_program(c: llama.LlamaConfig, mesh: Mesh) -> Any:
   return jax.jit(
     functools.partial(score, DecodeLlama(c), logits_rows=block),
     static_argnames="num_top",
+    donate_argnames="prefixes",
     compiler_options=xla_options.for_platform(platform),
-    out_shardings=partitioning.replicated(mesh),
+    out_shardings=(partitioning.replicated(mesh), decode.cache_sharding(mesh)),
   )
 
 
@@ -252,7 +255,7 @@ def score(
   *,
   logits_rows: int,
   num_top: int = 0,
-) -> tuple[Float[Array, "B M A"], Bool[Array, "B M A"], Bool[Array, "B M"], _Top]:
+) -> tuple[_Found, Cache | None]:
   """Computes the log-probabilities of target tokens.
 
   Args:
@@ -267,12 +270,13 @@ def score(
 
   Returns:
     Log-probabilities of the targets, whether each is the argmax, whether a logit was NaN or
-    infinite, and the most likely tokens with their log-probabilities.
+    infinite, and the most likely tokens with their log-probabilities; and the cache that
+    `prefixes` has become: nobody reads it, but XLA can write it in place of its argument.
   """
   with partitioning.axis_rules():
     options = dict(cache=prefixes, rows=rows, logits=False)
     positions_BT = rows.pack(rows.positions_RC)
-    hidden_BTD, _ = model.apply({"params": params}, tokens_BT, positions_BT, **options)
+    hidden_BTD, cache = model.apply({"params": params}, tokens_BT, positions_BT, **options)
   head_VD = llama.output_head(params).astype(hidden_BTD.dtype)
   num_top = min(num_top, head_VD.shape[0])
   B, M, A = targets_BMA.shape
@@ -316,7 +320,7 @@ def score(
   # Continuations are mostly much shorter than prompts: only their blocks of logits are computed.
   num_blocks = (num_targets + m - 1) // m
   found = jax.lax.fori_loop(0, num_blocks, body, jax.tree.map(pad, empty))
-  return jax.tree.map(lambda x: x[:, :M], found)
+  return jax.tree.map(lambda x: x[:, :M], found), cache
 
 
 def _pad(number: int, x_BM: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from selfimprove_jax.sampling import scoring
 from selfimprove_jax.sampling.engine import Engine
 from selfimprove_jax.sampling.requests import Request, SamplingConfig, ScoreRequest
 
-WINDOW, V = 40, 96
+WINDOW, V = 160, 96
 CONFIG = llama.LlamaConfig(
   vocab_size=V,
   num_layers=1,
@@ -59,7 +59,7 @@ def _requests():
   """More than a call takes, of all three buckets."""
   rng = np.random.default_rng(0)
   lengths = [(1, 1), (5, 9), (20, 3), (1, 39), (30, 10), (39, 1), (3, 30), (9, 7)]
-  lengths += [(2, 4 + i % 3) for i in range(20)]
+  lengths += [(2, 4 + i % 3) for i in range(20)] + [(50, 60), (100, 2), (1, 159), (120, 30)]
   return [
     ScoreRequest(
       prompt=rng.integers(0, V, prompt).tolist(), continuation=rng.integers(0, V, new).tolist()
@@ -118,7 +118,7 @@ def test_of_equally_likely_tokens_the_first_is_greedy(make_engine):
 
 def test_a_score_is_the_same_to_the_bit_alone_and_in_another_order(engine, scores):
   requests = _requests()
-  for i in (1, 4, 12):
+  for i in (1, 4, 12, 29, 30):
     (alone,) = engine.score([requests[i]])
     np.testing.assert_array_equal(alone.logprobs, scores[i].logprobs)
   for score, other in zip(engine.score(reversed(requests)), reversed(scores), strict=True):
@@ -139,7 +139,7 @@ def test_requests_that_cannot_be_scored_fail_alone_and_in_their_place(engine, sc
   bad = {
     0: (ScoreRequest(prompt=[], continuation=[1]), "a prompt has 0 tokens"),
     3: (ScoreRequest(prompt=[1], continuation=[]), "a continuation has 0 tokens"),
-    4: (ScoreRequest(prompt=[1] * 20, continuation=[2] * 21), "have 41 tokens; .* 40"),
+    4: (ScoreRequest(prompt=[1] * 80, continuation=[2] * 81), "have 161 tokens; .* 160"),
     9: (ScoreRequest(prompt=[1], continuation=[V]), f"holds token {V}; the model has 0 to {V - 1}"),
   }
   requests = list(good)
