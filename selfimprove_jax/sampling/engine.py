@@ -314,7 +314,8 @@ class Engine:
       return
     most = self._prefill_rows(length)
     if span:
-      most = min(most, self._prefixes.most_held(span))
+      # However short these chains are, so that they never push out all longer ones.
+      most = min(most, self._prefixes.most_held(self.max_length))
     prompts: dict[_Prompt, int] = {}
     group, sources = [], []
     # Samples of one prompt come one after another, so they meet here and share its prefill.

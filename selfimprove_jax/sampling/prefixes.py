@@ -33,9 +33,9 @@ Chain = tuple[tuple[int, ...], ...]
 # Numbers of new tokens, and of positions, that programs are compiled for.
 _LENGTHS = (16, 64, 128, 256)
 _SPANS = (64, 128, 256, 1024, 4096, 16384)
-# Tokens of one call that extends chains, and positions of its rows.
-_TOKENS_PER_CALL = 128
-_POSITIONS_PER_CALL = 4096
+# Tokens of one call that extends chains. A CPU is nearly as fast with few.
+_TOKENS_PER_CALL = {"cpu": 128}
+_DEFAULT_TOKENS_PER_CALL = 4096
 # Longer segments are cut, which bounds the padding. A CPU is as fast with few tokens.
 _MAX_SEGMENT = {"cpu": 256}
 _DEFAULT_MAX_SEGMENT = 1024
@@ -181,8 +181,8 @@ class Prefixes:
     for (length, span), some in sorted(by_shape.items()):
       shape = packing.make_shape(
         length,
-        num_tokens=_TOKENS_PER_CALL,
-        most_rows=max(_POSITIONS_PER_CALL // span, 1),
+        num_tokens=_TOKENS_PER_CALL.get(self._platform, _DEFAULT_TOKENS_PER_CALL),
+        most_rows=max(self._num_positions // 2 // span, 1),  # half the memory of the chains
         num_sequences=partitioning.num_batch_shards(self._mesh),
       )
       for sequences in packing.pack([len(chain[-1]) for chain in some], shape):

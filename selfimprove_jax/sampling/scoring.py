@@ -33,10 +33,11 @@ from selfimprove_jax.sampling.running import check_shared, check_tokens
 
 # Requests that are sorted by length together, so that calls are full.
 _LOOK_AHEAD = 1024
-# Tokens of one call. A CPU is as fast with few, and a last call that is not full costs less.
+# Tokens of one call. A CPU is nearly as fast with few, and a last call that is not full costs less.
 _TOKENS_PER_CALL = {"cpu": 128}
 _DEFAULT_TOKENS_PER_CALL = 8192
-# Rows of logits in memory at once: float32 logits of a whole call would be gigabytes.
+# Rows of logits in memory at once: float32 logits of a whole call would be gigabytes. On a CPU, few
+# of them stay in its caches until they are summed.
 _LOGITS_ROWS = {"cpu": 32}
 _DEFAULT_LOGITS_ROWS = 512
 # Requests of equal inputs that one row scores.

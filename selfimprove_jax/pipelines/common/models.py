@@ -9,15 +9,16 @@ from pydantic import Field
 from selfimprove_jax.data import mixture as mixtures
 from selfimprove_jax.data import rows
 from selfimprove_jax.evaluation import perplexity
+from selfimprove_jax.models.checkpoints import open_checkpoint
 from selfimprove_jax.models.checksums import DamagedCheckpointError, checksums
-from selfimprove_jax.models.llama import Llama, LlamaConfig, abstract_params
+from selfimprove_jax.models.llama import Llama, LlamaConfig
 from selfimprove_jax.runs import artifacts
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime import config as configs
 from selfimprove_jax.runtime import partitioning
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.runtime.partitioning import MeshConfig
-from selfimprove_jax.training import checkpoint, loop, losses
+from selfimprove_jax.training import loop, losses
 from selfimprove_jax.training.config import TrainingConfig
 
 # Subsets of the real documents; a mixture may also draw from synthetic sources.
@@ -207,22 +208,14 @@ def load_model(artifact: artifacts.Artifact, mesh: Mesh) -> tuple[Llama, Any]:
   Raises:
     artifacts.ArtifactError: the parameters are missing, damaged, or not those of the summary.
   """
-  summary = artifact.summary
-  config = configs.parse(LlamaConfig, {**summary["model"], "dropout_rate": 0.0})
-  model = Llama(config)
-  with checkpoint.Checkpoints(artifact.folder / "checkpoints", keep=None) as saved:
-    try:
-      params = saved.restore_params(summary["step"], abstract_params(model, mesh))
-    except DamagedCheckpointError as error:
-      raise artifacts.ArtifactError(
-        f"{error}. Delete the folder {artifact.folder} and run the same command again"
-      ) from error
-  if checksums(params) != summary["checksums"]:
+  try:
+    opened = open_checkpoint(artifact.folder)
+    params = opened.load_params(mesh, opened.config)
+  except (DamagedCheckpointError, ValueError, OSError) as error:
     raise artifacts.ArtifactError(
-      f"the parameters in {artifact.folder} differ from those of its manifest; delete the folder "
-      f"and run the same command again"
-    )
-  return model, params
+      f"{error}. Delete the folder {artifact.folder} and run the same command again"
+    ) from error
+  return Llama(opened.config), params
 
 
 def document_losses(
