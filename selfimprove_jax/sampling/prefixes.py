@@ -101,7 +101,7 @@ class Prefixes:
     longest = 0
     for chain in chains:
       longest = max(longest, num_in(chain))
-      if group and len(group) == self.most_held(longest):
+      if group and len(group) >= self.most_held(longest):
         yield group
         group, longest = [], num_in(chain)
       group.append(chain)
@@ -132,6 +132,8 @@ class Prefixes:
     different = dict.fromkeys(chains)
     self._clock += 1
     self._fit(len(different), max(map(num_in, different), default=1))
+    if len(different) > len(self._chains):
+      raise ValueError(f"{len(different)} chains, but only {len(self._chains)} can be held at once")
     while True:
       held = self._beginnings()
       found = {chain: _longest(chain, held) for chain in different}

@@ -208,6 +208,19 @@ def test_a_part_that_is_not_a_number_fails_its_own_requests_alone(make_engine, s
       np.testing.assert_allclose(score.logprobs, other.logprobs, atol=2e-5)
 
 
+def test_many_short_parts_and_then_long_ones_are_held_in_turn(make_engine):
+  engine = make_engine(num_slots=8, max_length=200)  # 4 of 200 positions, or 12 of 64
+  lengths = [20] * 11 + [150, 20, 150, 20, 150, 150, 150, 20]
+  requests = [
+    ScoreRequest(prompt=[i, *_tokens(length, i)], continuation=[1, 2], shared=[length])
+    for i, length in enumerate(lengths)
+  ]
+  together = list(engine.score(requests))
+  for request, score in zip(requests, together, strict=True):
+    (alone,) = engine.score([request])
+    np.testing.assert_array_equal(alone.logprobs, score.logprobs)
+
+
 def test_a_part_may_end_at_the_prompts_end_or_behind_it_but_not_before_its_start(engine):
   prompt = _tokens(9)
   ends = ((), (9,), (8,), (100, 0), (4, 4, 8))
