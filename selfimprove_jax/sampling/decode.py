@@ -380,11 +380,7 @@ def make_programs(c: LlamaConfig, mesh: Mesh) -> Programs:
   options = xla_options.for_platform(_platform(mesh))
   jit = functools.partial(jax.jit, compiler_options=options)
   return Programs(
-    admit=jit(
-      admit_prompts,
-      donate_argnums=(1, 2),
-      out_shardings=(replicated, cached),
-    ),
+    admit=jit(admit_prompts, donate_argnums=(1, 2), out_shardings=(replicated, cached)),
     draw=jit(
       draw,
       static_argnames="features",
