@@ -128,4 +128,5 @@ def test_a_process_loads_onto_its_own_devices_without_the_others(
     for index in range(2)
   ]
   told = [process.communicate(timeout=120) for process in processes]
-  assert [out for out, _ in told] == ["loaded 0\n", "loaded 1\n"], told
+  for index, (out, _) in enumerate(told):  # gloo, which connects processes, writes lines too
+    assert f"loaded {index}" in out.splitlines(), told
