@@ -201,7 +201,7 @@ def any_of(texts: Sequence[str] | set[str]) -> re.Pattern[str]:
 
 
 def _spell(tokenizer: Tokenizer, content: str) -> tuple[int, ...]:
-  """Returns ids of a token's characters, none of which is the token's own id."""
+  """Encodes the characters of a special token without using the token's own id."""
   ids = tokenizer.encode(content)
   if tokenizer.backend.token_to_id(content) in ids:  # the tokenizer merges it back into one token
     ids = [*tokenizer.encode(content[:1]), *tokenizer.encode(content[1:])]
