@@ -18,8 +18,8 @@ class PackedRows:
   """Where the tokens of packed sequences stand in rows.
 
   Attributes:
-    positions_RC: position of every place of a row. Places after its last token have later positions,
-      so no token of the row attends to them.
+    positions_RC: position of every place of a row. Places after its last token have later
+      positions, so no token of the row attends to them.
     places_BT: row * C + column of each token, rows counted from the sequence's first; P if it is
       padding.
     sources_BP: the token of each place; T for places after the last token.
