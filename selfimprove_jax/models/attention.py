@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from selfimprove_jax.models import cpu, kernels
+from selfimprove_jax.models import cpu, devices, kernels
 from selfimprove_jax.runtime import partitioning
 
 Implementation = Literal["auto", "xla", "cpu", "splash", "cudnn", "pallas_gpu"]
@@ -74,7 +74,7 @@ def attend(
     ValueError: the implementation cannot honor segments or a cache, or is for other devices.
   """
   T, S = q_BTNH.shape[1], k_BKSH.shape[2]
-  is_packed, platform = query_segments_BT is not None, cpu.platform()
+  is_packed, platform = query_segments_BT is not None, devices.platform()
   if implementation == "auto":
     implementation = _choose(q_BTNH, k_BKSH, is_packed=is_packed, platform=platform)
   if implementation == "cudnn":
@@ -120,10 +120,15 @@ def _choose(q_BTNH: Any, k_BKSH: Any, *, is_packed: bool, platform: str) -> Impl
   return "xla"
 
 
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+  exact = devices.precision(a, b)
+  return jnp.einsum(subscripts, a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
 # The two products of attention; `cpu.scores` and `cpu.weighted_sum` have other gradients.
 _PRODUCTS = (
-  functools.partial(jnp.einsum, "BKGTH,BKSH->BKGTS", preferred_element_type=jnp.float32),
-  functools.partial(jnp.einsum, "BKGTS,BKSH->BKGTH", preferred_element_type=jnp.float32),
+  functools.partial(_product, "BKGTH,BKSH->BKGTS"),
+  functools.partial(_product, "BKGTS,BKSH->BKGTH"),
 )
 
 

@@ -11,17 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-
-def platform() -> str:
-  """Returns "cpu", "gpu" or "tpu" for the mesh in scope, or for the default devices."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  name = jax.default_backend() if device is None else device.platform
-  return "gpu" if name == "cuda" else name
+from selfimprove_jax.models import devices
 
 
 def is_chosen(implementation: str) -> bool:
   """Returns whether a config's `attention` means the form for CPUs."""
-  return implementation == "cpu" or (implementation == "auto" and platform() == "cpu")
+  return implementation == "cpu" or (implementation == "auto" and devices.platform() == "cpu")
 
 
 def recompute(function: Callable[..., Array], c: Any) -> Callable[..., Array]:
@@ -35,7 +30,7 @@ def recompute(function: Callable[..., Array], c: Any) -> Callable[..., Array]:
 
 def keep_layout(x: Array) -> Array:
   """Stops XLA on CPUs from moving a transpose past `x`; the identity on other devices."""
-  return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
+  return jax.lax.optimization_barrier(x) if devices.platform() == "cpu" else x
 
 
 def project_each(
@@ -51,11 +46,13 @@ def project_each(
   x_PD = x_BTD.reshape(B * T, D)
   mesh = jax.sharding.get_abstract_mesh()
   flat = [weight.reshape(D, -1) for weight in weights]
+  exact = devices.precision(x_PD, *flat)
   if B * T < 2 * D or not (mesh.empty or mesh.shape["tensor"] == 1):
-    products = [jnp.dot(x_PD, weight) for weight in flat]
+    products = [jnp.dot(x_PD, weight, precision=exact) for weight in flat]
   else:
     splits = np.cumsum([weight.shape[1] for weight in flat])[:-1]
-    products = jnp.split(jnp.dot(x_PD, jnp.concatenate(flat, axis=1)), splits, axis=-1)
+    joined_PF = jnp.dot(x_PD, jnp.concatenate(flat, axis=1), precision=exact)
+    products = jnp.split(joined_PF, splits, axis=-1)
   return [product.reshape(B, T, *weight.shape[1:]) for product, weight in zip(products, weights)]
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from selfimprove_jax.models import cpu
+from selfimprove_jax.models import cpu, devices
 from selfimprove_jax.models.attention import Implementation, attend
 from selfimprove_jax.models.packed_rows import PackedRows
 from selfimprove_jax.runtime import partitioning
@@ -158,7 +158,12 @@ def project(x: Float[Array, "B T ..."], weight: Array, dtype: Any = None) -> Arr
   B, T, *contracted = x.shape
   out = weight.shape[len(contracted) :]
   i = math.prod(contracted)
-  y = jnp.dot(x.reshape(B * T, i), weight.reshape(i, -1), preferred_element_type=dtype)
+  y = jnp.dot(
+    x.reshape(B * T, i),
+    weight.reshape(i, -1),
+    precision=devices.precision(x, weight),
+    preferred_element_type=dtype,
+  )
   return y.reshape(B, T, *out)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from selfimprove_jax.models import llama
+from selfimprove_jax.models import devices, llama
 from selfimprove_jax.models.decode_layout import DecodeLlama
 from selfimprove_jax.models.llama import Cache
 from selfimprove_jax.models.packed_rows import PackedRows
@@ -291,7 +291,13 @@ def score(
       jax.lax.dynamic_slice_in_dim, start_index=block * m, slice_size=m, axis=1
     )
     hidden_BmD = jnp.take_along_axis(hidden_BTD, cut(at_BM)[:, :, None], axis=1)
-    logits_BmV = jnp.einsum("BmD,VD->BmV", hidden_BmD, head_VD, preferred_element_type=jnp.float32)
+    logits_BmV = jnp.einsum(
+      "BmD,VD->BmV",
+      hidden_BmD,
+      head_VD,
+      precision=devices.precision(hidden_BmD, head_VD),
+      preferred_element_type=jnp.float32,
+    )
     target_BmA = cut(targets_BMA)
     likeliest_Bm = sampler.argmax(logits_BmV.reshape(B * m, -1)).reshape(B, m)
     top_Bmk = _most_likely(logits_BmV, likeliest_Bm, num_top)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from selfimprove_jax.models import cpu
+from selfimprove_jax.models import cpu, devices
 from selfimprove_jax.models.llama import Llama, output_head
 from selfimprove_jax.runtime import partitioning
 
@@ -156,12 +156,13 @@ def _local_loss_and_gradients(
     hidden_CD, targets_C, weights_C = part
     nll_C, dlogits_CV = _softmax(sharded, hidden_CD, head_VD, targets_C, weights_C)
     dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
-    dhidden_CD = jnp.dot(dlogits_CV, head_VD)
+    exact = devices.precision(dlogits_CV, head_VD)
+    dhidden_CD = jnp.dot(dlogits_CV, head_VD, precision=exact)
     # The head's gradient is accumulated as [D, V]: transposing the hidden states is cheaper than
     # transposing the logits' gradient, which XLA on CPUs does if it may; that takes half as long
     # again.
     hidden_DC = cpu.keep_layout(hidden_CD.T)
-    dhead_DV += jnp.dot(hidden_DC, dlogits_CV, preferred_element_type=jnp.float32)
+    dhead_DV += jnp.dot(hidden_DC, dlogits_CV, precision=exact, preferred_element_type=jnp.float32)
     return (loss + jnp.sum(nll_C * weights_C), dhead_DV), dhidden_CD
 
   zeros = (jnp.float32(0.0), jnp.zeros(head_VD.shape[::-1], jnp.float32))
@@ -183,7 +184,8 @@ def _softmax(
   sharded: bool, hidden_CD, head_VD, targets_C, weights_C=None
 ) -> tuple[Array, Array | None]:
   """Returns the nats of each target, and with weights the loss's gradient by the logits."""
-  logits_CV = jnp.dot(hidden_CD, head_VD.T, preferred_element_type=jnp.float32)
+  exact = devices.precision(hidden_CD, head_VD)
+  logits_CV = jnp.dot(hidden_CD, head_VD.T, precision=exact, preferred_element_type=jnp.float32)
   num_rows = head_VD.shape[0]
   if sharded:  # this device has a part of the vocabulary: count from its first token
     targets_C -= jax.lax.axis_index("tensor") * num_rows

@@ -51,7 +51,7 @@ def test_the_written_gradients_of_attention_are_those_of_the_einsum(function, su
 
 
 def test_only_auto_follows_the_devices():
-  assert cpu.platform() == "cpu"
+  assert devices.platform() == "cpu"
   assert [cpu.is_chosen(name) for name in ("auto", "cpu", "xla", "splash")] == [True, True] + [
     False
   ] * 2
