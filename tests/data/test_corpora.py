@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from selfimprove_jax.data import corpora
+from selfimprove_jax.data import corpora, files
 from selfimprove_jax.data.corpora import (
   DocstringsConfig,
   HuggingFaceConfig,
@@ -242,7 +242,7 @@ def _compressed_zeros(suffix, num_bytes):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_line_without_end_is_rejected_in_bounded_memory(tmp_path, suffix, monkeypatch):
-  monkeypatch.setattr(corpora, "_MAX_BYTES", 1000)
+  monkeypatch.setattr(files, "MAX_BYTES", 1000)
   zeros = bytes(1 << 26) if not suffix else _compressed_zeros(suffix, 1 << 26)
   after = _lines({"text": "b"})
   if suffix == ".gz":
@@ -299,7 +299,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
   def refused(path, mode):
     raise PermissionError(13, "Permission denied", path)
 
-  monkeypatch.setattr(corpora, "open", refused, raising=False)
+  monkeypatch.setattr(files, "open", refused, raising=False)
   with pytest.raises(corpora.CorpusError, match=r"a.txt: Permission denied"):
     list(corpora.read_documents(TextFolderConfig(folder=str(tmp_path)), on_bad=print))
 

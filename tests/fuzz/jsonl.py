@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from selfimprove_jax.data import corpora
+from selfimprove_jax.data import corpora, files
 from tests.fuzz import harness
 
 _MAX_BYTES = 1 << 16  # of a line
@@ -148,7 +148,7 @@ def opened() -> Iterator[Callable[[int], str | None]]:
   """Yields the fuzzer."""
   with (
     tempfile.TemporaryDirectory() as folder,
-    mock.patch.object(corpora, "_MAX_BYTES", _MAX_BYTES),
+    mock.patch.object(files, "MAX_BYTES", _MAX_BYTES),
   ):
     yield lambda seed: try_seed(pathlib.Path(folder), seed)
 
