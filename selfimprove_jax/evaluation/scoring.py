@@ -29,8 +29,9 @@ def run(model: LanguageModel, examples: Sequence[Example]) -> Iterator[dict[str,
 
   A record has `id`, `group`, and `prompts`, and either `choices`, `gold`, `prediction` (the index
   of the likeliest choice), and `logprobs` (in nats), `num_tokens`, and `greedy` of each choice; or
-  `answers`, `grader`, and `generation`; or, for a document, the sums over its windows. `truncated`
-  counts the requests whose context was cut.
+  `answers`, `grader`, `generation` and `finish_reason` (of all samples, if there are several:
+  `generations` and `finish_reasons`), and `letters` where one is to be stated; or, for a document,
+  the sums over its windows. `truncated` counts the requests whose context was cut.
 
   Raises:
     ValueError: the model gave no score or no text for an example; names it.
@@ -42,13 +43,13 @@ def run(model: LanguageModel, examples: Sequence[Example]) -> Iterator[dict[str,
     if not math.isfinite(score.logprob):
       raise ValueError(f"{score.id}: the log-likelihood is {score.logprob}")
     scores[score.id].append(score)
-  replies = {}
+  replies = collections.defaultdict(list)
   for reply in model.generate(request for one in asked for request in one.texts):
     _check(reply.id, reply.error)
-    replies[reply.id] = reply
+    replies[reply.id].append(reply)
   for one in asked:
     id_ = one.example.id
-    yield _record(one, scores[id_], replies.get(id_))
+    yield _record(one, scores[id_], replies[id_])
 
 
 def _check(id_: str, error: str | None) -> None:
@@ -69,7 +70,8 @@ class _Asked:
     if isinstance(item, Choices):
       self.scores = self._choices(item)
     elif isinstance(item, Generation):
-      self.texts = [self._text(item)]
+      request = self._text(item)
+      self.texts = [dataclasses.replace(request, sample=n) for n in range(item.num_samples)]
     else:
       self.scores = list(self._windows(item))
 
@@ -111,7 +113,7 @@ class _Asked:
       prompt=prompt,
       shared=shared,
       max_tokens=item.max_tokens,
-      temperature=0.0,
+      temperature=item.temperature,
       stop=item.stop,
       id=self.example.id,
     )
@@ -152,18 +154,23 @@ class _Asked:
       yield ScoreRequest(context=context, continuation=predicted, id=self.example.id)
 
 
-def _record(one: _Asked, scores: Sequence[Score], reply: Reply | None) -> dict[str, Any]:
+def _record(one: _Asked, scores: Sequence[Score], replies: Sequence[Reply]) -> dict[str, Any]:
   item = one.example.item
   made = {"id": one.example.id, "group": one.example.group, "truncated": one.truncated}
   if isinstance(item, Generation):
-    return {
-      **made,
+    made |= {
       "prompts": [item.prompt],
       "answers": list(item.answers),
       "grader": item.grader,
-      "generation": reply.text,
-      "finish_reason": reply.finish_reason,
+      "generation": replies[0].text,
+      "finish_reason": replies[0].finish_reason,
     }
+    if item.letters:
+      made["letters"] = item.letters
+    if item.num_samples > 1:
+      made["generations"] = [reply.text for reply in replies]
+      made["finish_reasons"] = [reply.finish_reason for reply in replies]
+    return made
   if isinstance(item, Document):
     return {
       **made,

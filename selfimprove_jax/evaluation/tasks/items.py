@@ -44,14 +44,17 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """An item whose answer is generated greedily, up to a stop string.
+  """An item whose answer is generated up to a stop string, greedily unless it has a temperature.
 
   Attributes:
     answers: accepted answers.
     shown: the answer as a shot shows it.
-    grader: compares whole answers without case and punctuation ("words"), or the answer that a
-      text states by `reasoning.math_answers`, as a number or as mathematics.
+    grader: compares whole answers without case and punctuation ("words"), and without articles
+      ("squad"); the letter that a text states ("letter", see `metrics.stated_letter`); or the
+      answer that a text states by `reasoning.math_answers`, as a number or as mathematics.
     preamble: as in `Choices`, of the prompt.
+    num_samples: generations of the prompt; more than one need a temperature.
+    letters: the letters of the choices, for the grader "letter".
   """
 
   prompt: str
@@ -59,10 +62,20 @@ class Generation:
   max_tokens: int
   answers: tuple[str, ...]
   shown: str
-  grader: Grader = "words"
+  grader: Grader | Literal["squad", "letter"] = "words"
   preamble: int = 0
+  num_samples: int = 1
+  temperature: float = 0.0
+  letters: str = ""
 
   def __post_init__(self) -> None:
+    if self.num_samples < 1 or (self.num_samples > 1 and self.temperature == 0):
+      raise ValueError(
+        f"num_samples={self.num_samples} with temperature={self.temperature:g}: there must be at "
+        f"least one, and at temperature 0, where all are equal, only one"
+      )
+    if (self.grader == "letter") != bool(self.letters):
+      raise ValueError(f"grader={self.grader!r} with letters={self.letters!r}: they go together")
     if not self.prompt.strip():
       raise ValueError("the prompt is empty")
     if not self.answers or not all(self.answers):

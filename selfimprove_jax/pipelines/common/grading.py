@@ -22,20 +22,24 @@ def check(examples: Iterable[Example]) -> None:
 def graded(records: Iterable[Record]) -> list[dict[str, Any]]:
   """Returns the records; those with a generation get `prediction` and `correct`."""
   made = [dict(record) for record in records]
-  for grader in ("words", *_CHECKERS):
-    some = [record for record in made if record.get("grader") == grader]
-    if grader == "words":
-      _compare_words(some)
-    elif some:
+  for record in made:
+    _compare_text(record)
+  for grader in _CHECKERS:
+    if some := [record for record in made if record.get("grader") == grader]:
       _compare_answers(some, grader)
   return made
 
 
-def _compare_words(records: list[dict[str, Any]]) -> None:
-  for record in records:
-    record["prediction"] = record["generation"].strip()
-    accepted = {metrics.plain(answer) for answer in record["answers"]}
-    record["correct"] = metrics.plain(record["generation"]) in accepted
+def _compare_text(record: dict[str, Any]) -> None:
+  match record.get("grader"):
+    case "words" | "squad" as grader:
+      fold = metrics.plain if grader == "words" else metrics.squad_words
+      record["prediction"] = record["generation"].strip()
+      folded = fold(record["generation"])
+      record["correct"] = any(fold(answer) == folded for answer in record["answers"])
+    case "letter":
+      record["prediction"] = metrics.stated_letter(record)
+      record["correct"] = record["prediction"] in record["answers"]
 
 
 def _compare_answers(records: list[dict[str, Any]], grader: str) -> None:

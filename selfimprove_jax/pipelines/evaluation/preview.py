@@ -58,7 +58,8 @@ def _lengths(examples: Sequence[Example], tokenizer: Tokenizer) -> list[int]:
     if isinstance(item, Choices):
       some = [context + continuation for context, continuation in item.pairs()]
     else:
-      some = [item.prompt if isinstance(item, Generation) else item.text]
+      generates = isinstance(item, Generation)
+      some = [item.prompt] * item.num_samples if generates else [item.text]
     texts += some
     extra += [item.max_tokens if isinstance(item, Generation) else 0] * len(some)
   lengths = [len(ids) for ids in tokenizer.encode_batch(texts)]
