@@ -209,3 +209,20 @@ def test_shots_of_a_subject_of_mmlu_are_computed_once(real_data, tmp_path, one_d
   # As in the test above: a space is read, the letter behind it is not.
   assert stats["scored_tokens"] == sum(length + 1 - num_shared for length in whole)
   model.close()
+
+
+def test_samples_of_one_prompt_differ_and_repeat(model):
+  item = Generation(
+    prompt="Question: why?\nAnswer:",
+    stop=("\n",),
+    max_tokens=8,
+    answers=("x",),
+    shown="x",
+    num_samples=3,
+    temperature=1.0,
+  )
+  example = Example(id="task:1", group="task:1", item=item)
+  [record] = _run(model, example)
+  assert len(set(record["generations"])) == 3 == len(record["finish_reasons"])
+  assert record["generation"] == record["generations"][0]
+  assert _run(model, example) == [record]
