@@ -114,3 +114,16 @@ def test_a_file_that_is_not_a_transcript_is_refused(text, message, tmp_path):
   (tmp_path / "t.jsonl").write_text(text)
   with pytest.raises(ValueError, match=message):
     TranscriptModel(tmp_path / "t.jsonl")
+
+
+def test_the_nearest_of_many_prompts_is_named(make_model, ask, tmp_path):
+  recorder = RecordingModel(make_model(), tmp_path / "t.jsonl")
+  last = "a document, and the task: tell of Ada"
+  prompts = [*(f"{i}".ljust(len(last), "_") for i in range(10, 60)), last]
+  list(recorder.generate(ask(text, id=text[:4]) for text in prompts))
+  recorder.close()
+  played = TranscriptModel(tmp_path / "t.jsonl")
+  with pytest.raises(NotInTranscriptError, match=r"id 'a do'.*of Ada.*asked for: .*of Eve"):
+    list(played.generate([ask("a document, and the task: tell of Eve", id="e")]))
+  with pytest.raises(NotInTranscriptError, match="Requests of its kind were not recorded"):
+    list(played.score([ScoreRequest(context="a", continuation="b")]))

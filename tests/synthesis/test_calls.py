@@ -15,7 +15,7 @@ from selfimprove_jax.synthesis.units import BudgetConfig
 
 # Also the program of the processes that are killed: units, and a model that writes down its calls.
 _PROGRAM = """
-import collections, itertools, os, sys
+import collections, dataclasses, itertools, sys
 from selfimprove_jax.language_models.protocol import Reply, TextRequest, Usage
 from selfimprove_jax.synthesis import calls
 from selfimprove_jax.synthesis.units import Unit
@@ -58,7 +58,7 @@ class Model:
         print(number, attempt, file=self.log, flush=True)
         sys.stdin.readline()  # until the test lets it answer
       if self.failing(number, attempt):
-        yield Reply.failed(request, "no")
+        yield dataclasses.replace(Reply.failed(request, "no"), cost_usd=0.25)
       else:
         text = f"text {request.sample}"
         yield Reply(id=request.id, text=text, finish_reason="stop", usage=Usage(3, 2), cost_usd=0.5)
@@ -118,7 +118,9 @@ def test_failures_are_asked_again_after_the_others_and_end(tmp_path):
   assert [record["sample"] for record in written] == [*firsts, 17, 2, 7]
   assert [record["text"] for record in written[-3:-1]] == ["text 1017", "text 2002"]
   assert written[-1]["failure"] == {"reason": "no", "attempts": 3, "raw": ""}
+  assert [record["cost_usd"] for record in written[-4:]] == [0.5, 0.75, 1.0, 0.75]
   assert counts.num_failures == 1 and counts.num_records == 20 and model.num_calls == 3
+  assert counts.cost_usd == 17 * 0.5 + 0.75 + 1.0 + 0.75
   assert counts.num_calls == len(replies) == 25 and replies.count(None) == 5
 
 
@@ -269,16 +271,22 @@ def test_fewer_than_one_attempt_is_refused(tmp_path):
 
 
 def test_a_log_of_a_hundred_thousand_units_is_read_quickly(tmp_path):
-  path, text = tmp_path / "log", "a" * 1500
+  path, every = tmp_path / "log", [unit(i) for i in range(100_001)]
+  rest = json.dumps({"text": "a" * 1500, "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
   with path.open("w") as file:
-    for i in range(100_000):
-      usage = {"prompt_tokens": 1, "completion_tokens": 1}
-      file.write(json.dumps({"id": unit(i).id, "text": text, "usage": usage}) + "\n")
+    file.writelines(f'{{"id": "{one.id}", {rest[1:]}\n' for one in every[:-1])
   model = Model()
   before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-  counts = answer(range(100_001), model, path)
-  assert time.monotonic() - began < 30  # 3 s on a quiet machine
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+  counts = calls.answer(
+    every,
+    model=model,
+    make_request=_NAMES["make_request"],
+    read=_NAMES["read"],
+    log_path=path,
+    max_attempts=1,
+  )
+  assert time.monotonic() - began < 10
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
   assert counts.num_skipped == 100_000 and len(model.asked) == 1
 
 
