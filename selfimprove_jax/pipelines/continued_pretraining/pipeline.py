@@ -19,6 +19,7 @@ import dataclasses
 # The module: after the package's import, its attribute `stages` is the function below.
 import selfimprove_jax.pipelines.continued_pretraining.stages as cpt
 from selfimprove_jax.pipelines.common import benchmarks, models, planning, text
+from selfimprove_jax.pipelines.common import initial as initial_stages
 from selfimprove_jax.pipelines.continued_pretraining.config import (
   CheckpointInitialConfig,
   Config,
@@ -60,10 +61,10 @@ def _scores(c: Config) -> list[Stage]:
 
 
 def _checkpoint(c: Config, initial: CheckpointInitialConfig) -> list[Stage]:
-  tokenizer = cpt.TokenizerStageConfig(special_tokens=initial.special_tokens)
+  tokenizer = initial_stages.TokenizerStageConfig(special_tokens=initial.special_tokens)
   return [
-    Stage("initial", cpt.initial, cpt.InitialStageConfig(path=initial.path, model=c.model)),
-    Stage("tokenizer", cpt.tokenizer, tokenizer, {"initial": "initial"}),
+    Stage("initial", initial_stages.initial, initial_stages.InitialStageConfig(path=initial.path, model=c.model)),
+    Stage("tokenizer", initial_stages.tokenizer, tokenizer, {"initial": "initial"}),
   ]
 
 

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-import selfimprove_jax.pipelines.evaluation.endpoints as endpoints
+import selfimprove_jax.pipelines.common.endpoints as endpoints
 from selfimprove_jax.evaluation.tasks import builtin
 from selfimprove_jax.evaluation.tasks.task import Task
 from selfimprove_jax.language_models.local import ComputeConfig
-from selfimprove_jax.pipelines.evaluation.endpoints import EndpointConfig
+from selfimprove_jax.pipelines.common.endpoints import EndpointConfig
 from selfimprove_jax.runs.runner import RuntimeConfig
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.runtime.partitioning import LocalMeshConfig

@@ -3,7 +3,7 @@
 checkpoint, examples/TASK -> scores/TASK -> metrics/TASK
 """
 
-import selfimprove_jax.pipelines.evaluation.endpoints as endpoints
+import selfimprove_jax.pipelines.common.endpoints as endpoints
 from selfimprove_jax.pipelines.common import benchmarks
 from selfimprove_jax.pipelines.common.checkpoints import CheckpointConfig, checkpoint
 from selfimprove_jax.pipelines.evaluation.config import Config

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import selfimprove_jax.pipelines.evaluation.endpoints as endpoints
+import selfimprove_jax.pipelines.common.endpoints as endpoints
 import selfimprove_jax.pipelines.evaluation.pipeline as pipeline
 from selfimprove_jax.data.tokenizer import Tokenizer, make_tokenizer
 from selfimprove_jax.evaluation.tasks.items import Choices, Document, Example, Generation

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import selfimprove_jax.pipelines.evaluation.endpoints as endpoints
+import selfimprove_jax.pipelines.common.endpoints as endpoints
 from selfimprove_jax.pipelines.common import benchmarks
-from selfimprove_jax.pipelines.evaluation.endpoints import EndpointConfig
+from selfimprove_jax.pipelines.common.endpoints import EndpointConfig
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section
 

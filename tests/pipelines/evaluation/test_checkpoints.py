@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from selfimprove_jax.models.checkpoints import open_checkpoint, params_checkpoint
-from selfimprove_jax.pipelines.evaluation.endpoints import EndpointConfig
+from selfimprove_jax.pipelines.common.endpoints import EndpointConfig
 from selfimprove_jax.runs.stage import Run
 
 pytestmark = pytest.mark.slow
