@@ -8,6 +8,7 @@ to 1.9 bytes on disk instead of 1.6 to 3.3 (benchmarks/data.md).
 """
 
 import bisect
+import copy
 import dataclasses
 import itertools
 import operator
@@ -81,10 +82,17 @@ class RowSource:
     self._prefix = _PREFIX.pack(_MAGIC, _VERSION, seq_len)  # one comparison checks all three
     self._paths = [os.fspath(path) for path in paths]
     self._ends = list(itertools.accumulate(count["records"] for count in counts))
+    self._length = self._ends[-1] if self._ends else 0
     self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
 
   def __len__(self) -> int:
-    return self._ends[-1] if self._ends else 0
+    return self._length
+
+  def first(self, num_rows: int) -> "RowSource":
+    """Returns the source of the first rows, at most as many as there are."""
+    part = copy.copy(self)
+    part._length = min(num_rows, self._length)
+    return part
 
   def __getitem__(self, index: SupportsIndex) -> packing.Row:
     """Returns row number `index`; raises the errors of `record`."""

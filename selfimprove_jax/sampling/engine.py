@@ -124,8 +124,17 @@ class Engine:
       self._params,
       mesh,
       prefixes=self._prefixes,
-      # Short rows are packed, so finer lengths would only compile more programs.
-      buckets=_buckets([power for power in powers if power >= 64], longest),
+      # Short rows are packed, so finer lengths would only compile more programs. Long ones are alone
+      # in a call on a CPU.
+      buckets=_buckets(
+        [
+          length
+          for power in powers
+          if power >= 64
+          for length in ((power, power * 3 // 2) if power >= 512 else (power,))
+        ],
+        longest,
+      ),
       most_positions=num_slots * max_length // _SLOTS_PER_SCORED_PREFIX,
     )
     self._cache_length = max_length if batch_invariant else min(_LEAST_CACHE, max_length)

@@ -40,8 +40,10 @@ class Shape:
     return self.num_sequences * self.num_rows
 
 
-def make_shape(num_columns: int, *, num_tokens: int, most_rows: int, num_sequences: int) -> Shape:
-  """Returns the shape of calls with rows of up to `num_columns` tokens.
+def make_shape(
+  num_columns: int, *, shortest: int = 1, num_tokens: int, most_rows: int, num_sequences: int
+) -> Shape:
+  """Returns the shape of calls with rows of `shortest` to `num_columns` tokens.
 
   Args:
     num_tokens: of a whole call; more if the rows need them.
@@ -49,7 +51,9 @@ def make_shape(num_columns: int, *, num_tokens: int, most_rows: int, num_sequenc
   """
   at_least = max(num_columns, min(2 * num_columns, _ROOM_FOR_TWO))
   tokens = max(num_tokens // num_sequences, at_least)
-  rows = min(max(most_rows // num_sequences, 1), int(tokens / (_FILL * num_columns)))
+  # Attention computes every row at full length, so no more rows than have room.
+  average = max(_FILL * num_columns, shortest)
+  rows = min(max(most_rows // num_sequences, 1), int(tokens / average))
   return Shape(num_sequences, min(tokens, rows * num_columns), rows, num_columns)
 
 

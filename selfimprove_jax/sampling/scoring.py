@@ -145,8 +145,11 @@ class Scorer:
     found: dict[int, ContinuationScore] = {}
     for (length, span, num_top), some in sorted(by_shape.items()):
       rows = _rows_of_equal_inputs(some)
+      # Rows that fit into a shorter bucket are in that one; those behind a prefix have others.
+      shorter = [0] if span else [0, *(bucket for bucket in self._buckets if bucket < length)]
       shape = packing.make_shape(
         length,
+        shortest=shorter[-1] + 1,
         num_tokens=_TOKENS_PER_CALL.get(self._platform, _DEFAULT_TOKENS_PER_CALL),
         most_rows=max(self._most_positions // max(span, length), 1),
         num_sequences=partitioning.num_batch_shards(self._mesh),

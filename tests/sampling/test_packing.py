@@ -49,3 +49,10 @@ def test_a_shape_has_room_for_its_rows(columns, sequences, most_rows, expected):
   shape = packing.make_shape(columns, **options)
   assert (shape.num_tokens, shape.num_rows) == expected
   assert shape.total_rows == sequences * shape.num_rows
+
+
+def test_a_shape_has_no_more_rows_than_have_room():
+  options = dict(num_tokens=128, most_rows=99, num_sequences=1)
+  # Two rows of more than half of the columns do not fit.
+  assert packing.make_shape(1024, shortest=513, **options).num_rows == 1
+  assert packing.make_shape(256, shortest=129, **options).num_rows == 3

@@ -1,11 +1,11 @@
 """Stages from raw text to packed rows: documents, tokenizer, rows."""
 
 import collections
-import functools
+import contextlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
@@ -73,7 +73,7 @@ def documents_stage(
 
 def documents(context: Context, config: DocumentsConfig) -> dict[str, Any]:
   """Reads a corpus, holds out groups of documents and cuts long documents into passages."""
-  return _write_documents(context, config, lambda found: found)
+  return _read_and_split(context, config, None)
 
 
 def checked_documents(context: Context, config: CheckedDocumentsConfig) -> dict[str, Any]:
@@ -81,50 +81,31 @@ def checked_documents(context: Context, config: CheckedDocumentsConfig) -> dict[
 
   Whole documents are checked, before they are cut. `_contaminated.jsonl` lists those with items.
   """
-  scratch = storage.scratch(context.folder / ".scratch")
-  scratch.mkdir(parents=True, exist_ok=True)
-  findings = Findings(open_benchmarks(config.decontamination), config.decontamination)
-  # On disk, since a corpus may have more such documents than memory holds.
-  with tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8") as listed:
-
-    def write(found: dict[str, Any]) -> None:
-      listed.write(json.dumps(found) + "\n")
-
-    summary = _write_documents(context, config, functools.partial(findings.kept, on_found=write))
-    listed.seek(0)
-    context.writer.write_jsonl(CONTAMINATED, map(json.loads, listed))
-  context.progress.note(f"{context.name}: {findings.sentence}")
-  return {**summary, "decontamination": findings.summary()}
+  return _read_and_split(context, config, config.decontamination)
 
 
-def _write_documents(
-  context: Context,
-  config: DocumentsConfig,
-  kept: Callable[[Iterator[Document]], Iterator[Document]],
+def _read_and_split(
+  context: Context, config: DocumentsConfig, decontamination: DecontaminationConfig | None
 ) -> dict[str, Any]:
   corpus, rejected = config.corpus, []
   on_bad = rejected.append if corpus.on_error == "skip" else None
-  found = corpora.read_documents(corpus.source, on_bad=on_bad)
-  with context.progress.track(None, label="documents", unit="documents") as bar:
 
-    def counted() -> Iterator[Document]:
-      for document in found:
-        yield document
-        bar.update(1)
-      if rejected:  # said before the split, which may find too few documents
-        context.progress.note(
-          f"records skipped, because they are not documents: {len(rejected)}; `_rejected.jsonl` "
-          f"lists them. The first: {rejected[0]}"
-        )
+  def found() -> Iterator[Document]:
+    yield from corpora.read_documents(corpus.source, on_bad=on_bad)
+    if rejected:  # said before the split, which may find too few documents
+      context.progress.note(
+        f"records skipped, because they are not documents: {len(rejected)}; `_rejected.jsonl` "
+        f"lists them. The first: {rejected[0]}"
+      )
 
-    summary = split.write_split(
-      kept(counted()),
-      context.writer,
-      corpus.split,
-      seed=config.seed,
-      source=corpus.source.kind,
-      scratch=storage.scratch(context.folder / ".scratch"),
-    )
+  summary = write_documents(
+    context,
+    found(),
+    corpus.split,
+    seed=config.seed,
+    source=corpus.source.kind,
+    decontamination=decontamination,
+  )
   if summary["groups"]["test"] < config.min_test_groups:
     raise ValueError(
       f"{summary['groups']['test']} of the {sum(summary['groups'].values())} groups of documents "
@@ -132,13 +113,56 @@ def _write_documents(
       f"corpus.split.test_fraction={corpus.split.test_fraction:g}, or give documents more groups "
       f"(corpus.source.group_field; a text folder has group_by='file')"
     )
-  if summary["repeated"]:
-    context.progress.note(
-      f"documents dropped, because others have the same text: {summary['repeated']} of "
-      f"{summary['documents']}"
-    )
   context.writer.write_jsonl("_rejected.jsonl", ({"message": message} for message in rejected))
   return {**summary, "rejected": len(rejected)}
+
+
+def write_documents(
+  context: Context,
+  found: Iterator[Document],
+  config: SplitConfig,
+  *,
+  seed: int,
+  source: str,
+  decontamination: DecontaminationConfig | None = None,
+) -> dict[str, Any]:
+  """Writes documents as `split.write_split` does, after a search for items of benchmarks.
+
+  Args:
+    source: the corpus's name in error messages.
+    decontamination: drops or marks the documents that contain benchmark items, and lists them in
+      `_contaminated.jsonl`; None does not search.
+  """
+  scratch = storage.scratch(context.folder / ".scratch")
+  scratch.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    bar = stack.enter_context(context.progress.track(None, label="documents", unit="documents"))
+    kept = _counted(found, bar)
+    if decontamination is not None:
+      findings = Findings(open_benchmarks(decontamination), decontamination)
+      # On disk, since a corpus may have more such documents than memory holds.
+      listed = stack.enter_context(tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8"))
+      kept = findings.kept(kept, on_found=lambda item: listed.write(json.dumps(item) + "\n"))
+    summary = split.write_split(
+      kept, context.writer, config, seed=seed, source=source, scratch=scratch
+    )
+    if summary["repeated"]:
+      context.progress.note(
+        f"documents dropped, because others have the same text: {summary['repeated']} of "
+        f"{summary['documents']}"
+      )
+    if decontamination is not None:
+      listed.seek(0)
+      context.writer.write_jsonl(CONTAMINATED, map(json.loads, listed))
+      context.progress.note(f"{context.name}: {findings.sentence}")
+      summary["decontamination"] = findings.summary()
+  return summary
+
+
+def _counted(found: Iterator[Document], bar: Any) -> Iterator[Document]:
+  for document in found:
+    yield document
+    bar.update(1)
 
 
 def split_records(documents: Artifact, split_name: str) -> Iterator[dict[str, Any]]:
@@ -234,6 +258,8 @@ class RowsConfig:
       so on, with their numbers of tokens. 0 writes no lists.
     batch_documents: documents to tokenize at a time.
     may_fall_short: accept a corpus of fewer than `unique_tokens`.
+    scores_unique: also lists the segments of the unique rows, so that a model can be scored on
+      them; those of the held-out splits always are.
   """
 
   seq_len: Annotated[int, Field(ge=2)]
@@ -242,6 +268,7 @@ class RowsConfig:
   max_document_tokens: Annotated[int, Field(ge=0)] = 0
   batch_documents: Annotated[int, Field(ge=1)]
   may_fall_short: bool = False
+  scores_unique: bool = False
 
 
 def rows(context: Context, config: RowsConfig) -> dict[str, Any]:
@@ -284,7 +311,7 @@ def rows(context: Context, config: RowsConfig) -> dict[str, Any]:
         examples,
         config.seq_len,
         tokenizer.pad_id,
-        is_scored=name in split.HELD_OUT,
+        is_scored=name in split.HELD_OUT or (name == "unique" and config.scores_unique),
       )
       if config.max_document_tokens and name != "oracle":
         # Tokenized a second time: a list in memory would hold the whole corpus.

@@ -63,7 +63,11 @@ def _scores(c: Config) -> list[Stage]:
 def _checkpoint(c: Config, initial: CheckpointInitialConfig) -> list[Stage]:
   tokenizer = initial_stages.TokenizerStageConfig(special_tokens=initial.special_tokens)
   return [
-    Stage("initial", initial_stages.initial, initial_stages.InitialStageConfig(path=initial.path, model=c.model)),
+    Stage(
+      "initial",
+      initial_stages.initial,
+      initial_stages.InitialStageConfig(path=initial.path, model=c.model),
+    ),
     Stage("tokenizer", initial_stages.tokenizer, tokenizer, {"initial": "initial"}),
   ]
 

@@ -1,0 +1,140 @@
+"""Configures synthetic continued pretraining."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from selfimprove_jax.data.decontamination import DecontaminationConfig
+from selfimprove_jax.data.tokenizer import SpecialTokens
+from selfimprove_jax.models.llama import LlamaConfig
+from selfimprove_jax.pipelines.common import benchmarks, planning
+from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
+from selfimprove_jax.pipelines.common.models import EvaluationConfig
+from selfimprove_jax.pipelines.common.text import CorpusConfig
+from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
+from selfimprove_jax.pipelines.entigraph.generators import GeneratorConfig
+from selfimprove_jax.pipelines.entigraph.questions import QuestionsConfig
+from selfimprove_jax.pipelines.entigraph.sources import SourcesConfig
+from selfimprove_jax.pipelines.entigraph.synthesis import SynthesisConfig
+from selfimprove_jax.runs.runner import RuntimeConfig
+from selfimprove_jax.runtime.config import section
+from selfimprove_jax.runtime.partitioning import MeshConfig
+from selfimprove_jax.training.config import TrainingConfig
+
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_Count = Annotated[int, Field(ge=1)]
+
+
+@section
+class InitialConfig:
+  """Names the pretrained checkpoint that every arm starts from.
+
+  Attributes:
+    path: a Hugging Face folder, a GGUF file, or an orbax folder of `save_params`.
+    special_tokens: tokens that the tokenizer does not define itself.
+  """
+
+  path: str
+  special_tokens: SpecialTokens = SpecialTokens()
+
+
+@section
+class CorporaConfig:
+  """Configures the corpora that arms train on.
+
+  Attributes:
+    max_piece_chars: source documents are cut at paragraphs into pieces of at most this, each with
+      the title before it; None leaves them whole. Synthetic texts are never cut.
+    max_tokens_per_document: synthetic tokens of a corpus per source document, as the generator
+      counts them; None takes all.
+    batch_documents: texts to tokenize at a time.
+  """
+
+  max_piece_chars: _Count | None = None
+  max_tokens_per_document: _Count | None = None
+  batch_documents: _Count = 1000
+
+
+@section
+class Config:
+  """Configures the pipeline.
+
+  Attributes:
+    seed: seeds the synthesis and the order of texts.
+    training_seeds: every arm is trained once with each.
+    sources: the source documents whose knowledge the model should acquire.
+    generator: the model that writes synthetic text about them.
+    replay: text like the pretraining data, mixed in against forgetting. Its held-out documents
+      measure what was forgotten.
+    replay_tokens: the first documents of the replay text up to this are used.
+    arms: name -> arm. Each is compared with the initial model.
+    benchmarks: scored with the initial model and with each arm: what was forgotten.
+    decontamination: of the synthetic texts and the replay; see `checked_against`.
+    model: the shape of the checkpoint, and how it is computed in training.
+    training: one setting for all arms.
+  """
+
+  pipeline: Literal["entigraph"]
+  title: str
+  runtime: RuntimeConfig
+  seed: _Seed
+  training_seeds: Annotated[tuple[_Seed, ...], Field(min_length=1)] = (0,)
+  seq_len: Annotated[int, Field(ge=2)]
+  mesh: MeshConfig
+  sources: SourcesConfig
+  generator: GeneratorConfig
+  synthesis: SynthesisConfig
+  corpora: CorporaConfig
+  initial: InitialConfig
+  replay: CorpusConfig
+  replay_tokens: _Count
+  arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
+  model: LlamaConfig
+  training: TrainingConfig
+  weight_decay: Annotated[float, Field(ge=0)]
+  evaluation: EvaluationConfig
+  questions: QuestionsConfig
+  benchmarks: BenchmarksConfig = BenchmarksConfig()
+  decontamination: DecontaminationConfig = DecontaminationConfig()
+
+  def __post_init__(self) -> None:
+    planning.check_model(self.model, dropout_knob="none")
+    self.benchmarks.check_length(self.seq_len)
+    for name, arm in self.arms.items():
+      planning.check_has_steps(
+        f"arms.{name}.target_tokens", arm.target_tokens, self.training, self.seq_len
+      )
+    unwritten = self._unwritten()
+    for name, corpus in sorted(unwritten.items()):
+      raise ValueError(
+        f"arms.{name} trains on {corpus!r}, which the synthesis does not write: raise "
+        f"synthesis.{unwritten_knob(corpus)} above 0"
+      )
+
+  def _unwritten(self) -> dict[str, str]:
+    """Returns the arms that name a corpus without texts, with the first such corpus."""
+    c = self.synthesis
+    made = {
+      "rephrase": c.rephrase_samples and set(c.rephrase_styles) - {"qa"},
+      "qa": c.rephrase_samples and "qa" in c.rephrase_styles,
+      "spa": c.spa_samples,
+      "active_reading": c.active_reading_samples,
+      "focal": c.focal_samples,
+    }
+    missing = {}
+    for name, arm in self.arms.items():
+      named = [*arm.corpora, *([arm.early_stopping] if arm.early_stopping else [])]
+      lacking = [corpus for corpus in named if not made.get(corpus, True)]
+      if lacking:
+        missing[name] = lacking[0]
+    return missing
+
+  @property
+  def checked_against(self) -> DecontaminationConfig | None:
+    """The benchmarks that training text is checked against; None for none."""
+    return benchmarks.decontamination(self.decontamination, self.benchmarks)
+
+
+def unwritten_knob(corpus: str) -> str:
+  """Returns the knob of the synthesis that makes a corpus."""
+  return "rephrase_samples" if corpus in ("rephrase", "qa") else f"{corpus}_samples"

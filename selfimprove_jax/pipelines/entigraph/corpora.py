@@ -1,0 +1,115 @@
+"""Stages that turn source documents and synthetic texts into corpora to train on."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from selfimprove_jax.data.corpora import Document
+from selfimprove_jax.data.decontamination import DecontaminationConfig
+from selfimprove_jax.data.sources import SourceDocument
+from selfimprove_jax.data.split import SplitConfig
+from selfimprove_jax.pipelines.common import text
+from selfimprove_jax.pipelines.entigraph.sources import read_documents
+from selfimprove_jax.runs.stage import Context
+from selfimprove_jax.runtime.config import section
+
+Corpus = Literal["raw", "entigraph", "rephrase", "qa", "spa", "active_reading", "focal"]
+
+STEPS: dict[str, tuple[str, ...]] = {
+  "raw": (),
+  "entigraph": ("entities", "relations"),
+  "rephrase": ("rephrasings",),
+  "qa": ("rephrasings",),
+  "spa": ("spa",),
+  "active_reading": ("active_reading",),
+  "focal": ("focal",),
+}
+"""The steps of the synthesis whose records make a corpus."""
+
+_PARAGRAPH = re.compile(r"\n\s*\n")
+
+
+@section
+class CorpusStageConfig:
+  """Configures a corpus.
+
+  Attributes:
+    max_piece_chars: a source document is cut at paragraphs into pieces of at most this, each with
+      the title before it; None leaves it whole. Synthetic texts are never cut.
+    max_tokens_per_document: takes a document's synthetic texts in order up to about this; None
+      takes all.
+  """
+
+  corpus: Corpus
+  max_piece_chars: Annotated[int, Field(ge=1)] | None
+  max_tokens_per_document: int | None
+  seed: int
+  decontamination: DecontaminationConfig | None
+
+
+def documents(context: Context, config: CorpusStageConfig) -> dict[str, Any]:
+  """Collects the texts of a corpus, in an order that a hash makes.
+
+  A part of the order is a random part of the corpus, as the scaling curves need.
+  """
+  split = SplitConfig(
+    num_shards=1,
+    validation_fraction=0.0,
+    test_fraction=0.0,
+    max_passage_chars=10**9,
+    min_passage_chars=1,
+    order="document",
+  )
+  found = _sources(context, config) if config.corpus == "raw" else _synthetic(context, config)
+  return text.write_documents(
+    context,
+    found,
+    split,
+    seed=config.seed,
+    source=f"the corpus {config.corpus!r}",
+    decontamination=config.decontamination,
+  )
+
+
+def _sources(context: Context, config: CorpusStageConfig) -> Iterator[Document]:
+  for document in read_documents(context.inputs["sources"]):
+    for number, piece in enumerate(pieces(document, config.max_piece_chars)):
+      yield Document(f"{document.id}/{number}", document.id, piece)
+
+
+def pieces(document: SourceDocument, max_chars: int | None) -> list[str]:
+  """Cuts a document at its paragraphs; every piece begins with the title."""
+  title = document.title or document.id
+  if max_chars is None:
+    return [f"{title}\n\n{document.text}"]
+  made: list[str] = []
+  for paragraph in _PARAGRAPH.split(document.text):
+    if made and len(made[-1]) + 2 + len(paragraph) <= max_chars:
+      made[-1] += f"\n\n{paragraph}"
+    else:
+      made.append(f"{title}\n\n{paragraph}")
+  return made
+
+
+def _synthetic(context: Context, config: CorpusStageConfig) -> Iterator[Document]:
+  for step in STEPS[config.corpus]:
+    spent: dict[str, int] = {}
+    for record in context.inputs[step].records():
+      document = record["document"]
+      if "failure" in record or not _belongs(record["kind"], config.corpus):
+        continue
+      limit = config.max_tokens_per_document
+      if limit is not None and spent.get(document, 0) >= limit:
+        continue
+      spent[document] = spent.get(document, 0) + record["usage"]["completion_tokens"]
+      written = record["summary"] if record["kind"] == "entities" else record["text"]
+      yield Document(record["id"], document, written)
+
+
+def _belongs(kind: str, corpus: str) -> bool:
+  """Tells whether a text is of a corpus; rephrasings as questions and answers have their own."""
+  if corpus in ("rephrase", "qa"):
+    return (kind == "rephrase/qa") == (corpus == "qa")
+  return True

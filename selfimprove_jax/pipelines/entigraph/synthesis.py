@@ -1,0 +1,170 @@
+"""Stages that ask the generator for entities and texts, a shard of documents at a time."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from selfimprove_jax.data.sources import SourceDocument
+from selfimprove_jax.pipelines.entigraph.generators import (
+  GeneratorConfig,
+  open_generator,
+  recorded_ids,
+)
+from selfimprove_jax.pipelines.entigraph.sources import read_documents
+from selfimprove_jax.runs.stage import Context
+from selfimprove_jax.runtime.config import section
+from selfimprove_jax.synthesis import calls, entigraph, units
+from selfimprove_jax.synthesis.entigraph import GenerationConfig
+from selfimprove_jax.synthesis.prompts import PromptSet
+from selfimprove_jax.synthesis.units import BudgetConfig, Unit
+
+_Samples = Annotated[int, Field(ge=0)]
+
+
+@section
+class SynthesisConfig:
+  """Configures what the generator writes about each source document.
+
+  Attributes:
+    prompts: the set of prompts: "default", or "small" for generators below a billion parameters.
+    relations: limits of EntiGraph's texts: all pairs of entities, then triplets.
+    rephrase_styles, rephrase_samples: rephrasings per document and style.
+    spa_samples: texts per document and prompt of SPA (arXiv 2603.22213); 0 for none.
+    active_reading_samples: texts per study strategy (Active Reading, arXiv 2508.09494).
+    focal_samples: texts per question (focal rewriting, arXiv 2603.23562).
+    documents_per_shard: documents per file. Within a file, a finished call is never repeated.
+  """
+
+  prompts: Literal["default", "small"] = "default"
+  generation: GenerationConfig = GenerationConfig()
+  relations: BudgetConfig = BudgetConfig()
+  rephrase_styles: tuple[Literal["easy", "medium", "hard", "qa"], ...] = ("easy", "medium", "hard")
+  rephrase_samples: _Samples = 0
+  spa_samples: _Samples = 0
+  active_reading_samples: _Samples = 0
+  focal_samples: _Samples = 0
+  documents_per_shard: Annotated[int, Field(ge=1)] = 1
+
+
+@section
+class TextsStageConfig:
+  """Configures a stage of the synthesis.
+
+  Attributes:
+    step: what is asked for; the stage's units follow from it.
+  """
+
+  step: Literal[
+    "entities", "relations", "rephrasings", "spa", "strategies", "active_reading", "focal"
+  ]
+  generator: GeneratorConfig
+  synthesis: SynthesisConfig
+  seed: int
+
+
+def texts(context: Context, config: TextsStageConfig) -> dict[str, Any]:
+  """Asks the generator for every unit of a step, and writes a record of each reply or failure.
+
+  A killed run repeats no call that it had recorded. Units that a recorded generator lacks are left
+  out and counted.
+  """
+  documents = read_documents(context.inputs["sources"])
+  size = config.synthesis.documents_per_shard
+  make_units = _unit_maker(context, config)
+  available = recorded_ids(config.generator, context.inputs["generator"])
+  with contextlib.ExitStack() as stack:
+    bar = stack.enter_context(context.progress.track(None, label=context.name, unit="texts"))
+    shards = context.shards(
+      math.ceil(len(documents) / size),
+      count=_counts,
+      on_made_elsewhere=lambda counts: bar.update(counts["records"]),
+    )
+    answer = None  # made for the first shard: a finished artifact opens no model
+    for index in shards:
+      answer = answer or _answerer(context, config, documents)
+      of_shard = documents[index * size : (index + 1) * size]
+      made = itertools.chain.from_iterable(make_units(document) for document in of_shard)
+      kept = (unit for unit in made if available is None or unit.id in available)
+
+      def on_record(record: Mapping[str, Any]) -> None:
+        bar.update(1)
+        shards.check_preemption()
+
+      answer(kept, context.folder / shards.name(index), on_record)
+  totals = shards.totals
+  names = ("records", "failed", "prompt_tokens", "completion_tokens")
+  return {name: totals[name] for name in names}
+
+
+def _counts(record: Mapping[str, Any]) -> dict[str, int]:
+  usage = record.get("usage") or {}
+  return {
+    "failed": int("failure" in record),
+    "prompt_tokens": usage.get("prompt_tokens", 0),
+    "completion_tokens": usage.get("completion_tokens", 0),
+  }
+
+
+def _unit_maker(
+  context: Context, config: TextsStageConfig
+) -> Callable[[SourceDocument], Iterable[Unit]]:
+  """Returns a function of a document to the units of the stage's step."""
+  c, step = config.synthesis, config.step
+  of_document: dict[str, dict[str, Any]] = {}
+  for role in ("entities", "strategies"):
+    if role in context.inputs:
+      records = context.inputs[role].records()
+      of_document = {r["document"]: r for r in records if "failure" not in r}
+
+  def found(document: SourceDocument, field: str) -> list[str]:
+    # A document whose entities or strategies failed has no further texts.
+    return of_document.get(document.id, {field: []})[field]
+
+  def relations(document: SourceDocument) -> Iterator[Unit]:
+    made = units.relation_units(document.id, found(document, "entities"), config.seed)
+    return itertools.islice(made, c.relations.max_texts_per_document)
+
+  makers: dict[str, Callable[[SourceDocument], Iterable[Unit]]] = {
+    "entities": lambda d: [Unit(d.id, "entities")],
+    "relations": relations,
+    "rephrasings": lambda d: units.rephrase_units(d.id, c.rephrase_styles, c.rephrase_samples),
+    "spa": lambda d: units.spa_units(d.id, c.spa_samples),
+    "strategies": lambda d: [units.strategy_unit(d.id)],
+    "active_reading": lambda d: units.apply_units(
+      d.id, found(d, "strategies"), c.active_reading_samples
+    ),
+    "focal": lambda d: units.focal_units(d.id, [q.id for q in d.questions], c.focal_samples),
+  }
+  return makers[step]
+
+
+def _answerer(
+  context: Context, config: TextsStageConfig, documents: list[SourceDocument]
+) -> Callable[..., None]:
+  """Returns a function that answers units and leaves their records in a file."""
+  generation = config.synthesis.generation
+  prompts = PromptSet.load(config.synthesis.prompts)
+  model = open_generator(config.generator, context.inputs["generator"])
+  by_id = {document.id: document for document in documents}
+
+  def make_request(unit: Unit, attempt: int) -> Any:
+    return entigraph.make_request(unit, by_id[unit.document], prompts, generation, attempt)
+
+  def answer(asked: Iterable[Unit], path: Any, on_record: Callable[..., None]) -> None:
+    log = path.with_name(f".{path.name}.unfinished")
+    calls.answer(
+      asked,
+      model=model,
+      make_request=make_request,
+      read=lambda *made: entigraph.read(*made, documents=by_id, prompts=prompts, model=model.name),
+      log_path=log,
+      max_attempts=generation.max_attempts,
+      on_record=on_record,
+    )
+    log.rename(path)
+
+  return answer
