@@ -26,6 +26,10 @@ from selfimprove_jax.evaluation.tasks.items import Choices, Example, Generation,
 Passages = Mapping[str, Sequence[str]]
 ChoiceFormat = Literal["texts", "named_texts", "letters"]
 
+CHOICE_METRICS = ("acc", "acc_norm", "margin", "gold_nats")
+SHORT_ANSWER_METRICS = ("contains", "f1", "exact_match")
+COT_METRICS = ("attempt_rate", "acc_asked")
+
 _ASKED_LETTER = "Exactly one of the choices is right."
 
 
@@ -195,7 +199,7 @@ def choice_metrics(*trainings: Sequence[Record]) -> dict[str, Measured]:
     margin: log-likelihood of the right choice minus that of the likeliest wrong one, in nats.
     gold_nats: negative log-likelihood of the right choices, in nats per token.
   """
-  return _measured(("acc", "acc_norm", "margin", "gold_nats"), trainings)
+  return _measured(CHOICE_METRICS, trainings)
 
 
 def short_answer_metrics(*trainings: Sequence[Record]) -> dict[str, Measured]:
@@ -209,7 +213,7 @@ def short_answer_metrics(*trainings: Sequence[Record]) -> dict[str, Measured]:
     f1: F1 of an answer's words, with the accepted answer that fits best.
     exact_match: share of answers that equal an accepted one, both as SQuAD compares them.
   """
-  return _measured(("contains", "f1", "exact_match"), trainings)
+  return _measured(SHORT_ANSWER_METRICS, trainings)
 
 
 def cot_metrics(*trainings: Sequence[Record]) -> dict[str, Measured]:
@@ -223,7 +227,7 @@ def cot_metrics(*trainings: Sequence[Record]) -> dict[str, Measured]:
     acc_attempted: accuracy over these questions, the paper's number; missing if there are none.
     acc_asked: accuracy over all questions, those without such a sample being wrong.
   """
-  names = ["attempt_rate", "acc_asked"]
+  names = list(COT_METRICS)
   if any(metrics.stated_letter(record) is not None for records in trainings for record in records):
     names.insert(1, "acc_attempted")
   return _measured(names, trainings)

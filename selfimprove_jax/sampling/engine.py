@@ -124,8 +124,8 @@ class Engine:
       self._params,
       mesh,
       prefixes=self._prefixes,
-      # Short rows are packed, so finer lengths would only compile more programs. Long ones are alone
-      # in a call on a CPU.
+      # Short rows are packed, so finer lengths would only compile more programs. A long row has a
+      # call of its own on a CPU.
       buckets=_buckets(
         [
           length

@@ -37,9 +37,7 @@ def compare_models(
     {"reference": its name, "evals": model -> TASK/METRIC -> estimate with `chance`, `examples` and
     `truncated` (requests), "differences": other model -> TASK/METRIC -> estimate with `interval`}.
   """
-  reference, *others = trainings
-  evals: dict[str, dict[str, Any]] = {model: {} for model in trainings}
-  differences: dict[str, dict[str, Any]] = {model: {} for model in others}
+  found = Comparison(tuple(trainings))
   for task in tasks:
     records, sizes = {}, {}
     for model, stages in trainings.items():
@@ -47,18 +45,50 @@ def compare_models(
       if scored:
         records[model] = [list(artifact.records()) for artifact in scored]
         sizes[model] = {name: scored[0].summary[name] for name in ("examples", "truncated")}
-    for metric in task.metrics:
-      name = f"{task.name}/{metric}"
+    found.add(task.name, task.metrics, records, sizes)
+  return found.to_dict()
+
+
+class Comparison:
+  """Collects the metrics of several models, and their differences to the first one."""
+
+  def __init__(self, models: Sequence[str]):
+    self._reference, *self._others = models
+    self._evals: dict[str, dict[str, Any]] = {model: {} for model in models}
+    self._differences: dict[str, dict[str, Any]] = {model: {} for model in self._others}
+
+  def add(
+    self,
+    name: str,
+    metric_names: Iterable[str],
+    records: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    sizes: Mapping[str, Mapping[str, int]],
+  ) -> None:
+    """Adds a task.
+
+    Args:
+      records: model -> the records of each of its trainings; models may be missing.
+      sizes: model -> `examples` and `truncated`.
+    """
+    for metric in metric_names:
+      key = f"{name}/{metric}"
       for model, found in records.items():
         chance = metrics.chance(metric, found[0])
         estimate = metrics.estimate(metric, *found).to_dict()
-        evals[model][name] = {**estimate, "chance": chance, **sizes[model]}
-      for model in others:
-        if reference in records and model in records:
-          change = metrics.compare(metric, records[reference], records[model]).change
+        self._evals[model][key] = {**estimate, "chance": chance, **sizes[model]}
+      for model in self._others:
+        if self._reference in records and model in records:
+          change = metrics.compare(metric, records[self._reference], records[model]).change
           interval = list(change.interval95)
-          differences[model][name] = {**change.to_dict(), "interval": interval}
-  return {"reference": reference, "evals": evals, "differences": differences}
+          self._differences[model][key] = {**change.to_dict(), "interval": interval}
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns what `compare_models` returns."""
+    return {
+      "reference": self._reference,
+      "evals": self._evals,
+      "differences": self._differences,
+    }
 
 
 def _is_measured(made: Mapping[str, Artifact], stage: str, task: Task) -> bool:

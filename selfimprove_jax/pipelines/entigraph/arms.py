@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,20 @@ from selfimprove_jax.runtime.partitioning import MeshConfig
 from selfimprove_jax.training.config import TrainingConfig
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@section
+class TrainedModelConfig:
+  """Configures how the checkpoint is computed in training; its shape is its own.
+
+  Attributes:
+    dtype: of activations; parameters and moments are float32.
+    remat, scan_unroll: as in `LlamaConfig`.
+  """
+
+  dtype: Literal["float32", "bfloat16"] = "bfloat16"
+  remat: Literal["none", "full", "dots", "qkv_context"] = "none"
+  scan_unroll: Annotated[int, Field(ge=1)] = 1
 
 
 @section
@@ -42,8 +56,8 @@ class ArmConfig:
   def __post_init__(self) -> None:
     if self.early_stopping in self.corpora:
       raise ValueError(
-        f"early_stopping={self.early_stopping!r} is a corpus that the arm trains on; its loss falls "
-        f"while the model memorizes it. Name another one"
+        f"early_stopping={self.early_stopping!r} is a corpus that the arm trains on; its loss "
+        f"falls while the model memorizes it. Name another one"
       )
 
 
@@ -51,7 +65,7 @@ class ArmConfig:
 class ArmStageConfig(ArmConfig):
   """Configures the stage `arms/NAME/SEED`."""
 
-  model: LlamaConfig
+  model: TrainedModelConfig
   mesh: MeshConfig
   training: TrainingConfig
   weight_decay: float
@@ -118,7 +132,7 @@ def _components(context: Context, config: ArmStageConfig) -> tuple[list[mixture.
 class InitialLossesConfig:
   """Configures the stage `losses/initial`."""
 
-  model: LlamaConfig
+  model: TrainedModelConfig
   mesh: MeshConfig
   seq_len: int
   evaluation: EvaluationConfig

@@ -6,12 +6,11 @@ from pydantic import Field
 
 from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import SpecialTokens
-from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import benchmarks, planning
 from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
 from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
-from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
+from selfimprove_jax.pipelines.entigraph.arms import ArmConfig, TrainedModelConfig
 from selfimprove_jax.pipelines.entigraph.generators import GeneratorConfig
 from selfimprove_jax.pipelines.entigraph.questions import QuestionsConfig
 from selfimprove_jax.pipelines.entigraph.sources import SourcesConfig
@@ -70,7 +69,6 @@ class Config:
     arms: name -> arm. Each is compared with the initial model.
     benchmarks: scored with the initial model and with each arm: what was forgotten.
     decontamination: of the synthetic texts and the replay; see `checked_against`.
-    model: the shape of the checkpoint, and how it is computed in training.
     training: one setting for all arms.
   """
 
@@ -89,7 +87,7 @@ class Config:
   replay: CorpusConfig
   replay_tokens: _Count
   arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
-  model: LlamaConfig
+  model: TrainedModelConfig = TrainedModelConfig()
   training: TrainingConfig
   weight_decay: Annotated[float, Field(ge=0)]
   evaluation: EvaluationConfig
@@ -98,7 +96,6 @@ class Config:
   decontamination: DecontaminationConfig = DecontaminationConfig()
 
   def __post_init__(self) -> None:
-    planning.check_model(self.model, dropout_knob="none")
     self.benchmarks.check_length(self.seq_len)
     for name, arm in self.arms.items():
       planning.check_has_steps(

@@ -81,7 +81,7 @@ def _sources(context: Context, config: CorpusStageConfig) -> Iterator[Document]:
 
 def pieces(document: SourceDocument, max_chars: int | None) -> list[str]:
   """Cuts a document at its paragraphs; every piece begins with the title."""
-  title = document.title or document.id
+  title = document.name
   if max_chars is None:
     return [f"{title}\n\n{document.text}"]
   made: list[str] = []

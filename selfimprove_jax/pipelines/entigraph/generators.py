@@ -1,6 +1,8 @@
 """The model that writes synthetic text: a local one, an endpoint, or recorded replies."""
 
 import hashlib
+import pathlib
+from collections.abc import Container, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,8 +20,10 @@ from selfimprove_jax.runtime.config import section
 from selfimprove_jax.runtime.partitioning import LocalMeshConfig
 from selfimprove_jax.sampling.engine import EngineConfig
 from selfimprove_jax.synthesis import recorded
-from selfimprove_jax.synthesis.entigraph import GenerationConfig
 from selfimprove_jax.synthesis.prompts import PromptSet
+from selfimprove_jax.synthesis.records import GenerationConfig
+from selfimprove_jax.synthesis.synthesizer import Synthesizer
+from selfimprove_jax.synthesis.units import Unit
 
 _TRANSCRIPT = "transcript.jsonl"
 
@@ -116,23 +120,33 @@ def write_transcript(context: Context, config: RecordedStageConfig) -> dict[str,
   Raises:
     ValueError: the folder has no recorded texts of the source documents.
   """
-  documents = {document.id: document for document in read_documents(context.inputs["sources"])}
+  documents = read_documents(context.inputs["sources"])
   prompts = PromptSet.load(config.prompts)
-  texts = (item for item in recorded.read_recorded(config.folder) if item[0].document in documents)
-
-  def make_request(unit: Any) -> Any:
-    return recorded.request(unit, documents[unit.document], prompts, config.generation)
-
+  synthesizer = Synthesizer(documents, prompts, config.generation, config.name)
   if not context.writer.has(_TRANSCRIPT):
     with context.writer.shard(_TRANSCRIPT) as (path, counts):
-      counts["records"] = recorded.write_transcript(path, texts, make_request, config.name)
+      counts["records"] = recorded.write_transcript(
+        path,
+        _recorded_texts(config.folder, {document.id for document in documents}),
+        synthesizer.make_request,
+        config.name,
+      )
   num_texts = context.writer.counts(_TRANSCRIPT)["records"]
   if not num_texts:
     raise ValueError(
       f"generator.folder={config.folder!r} has no recorded texts of the documents "
-      f"{', '.join(sorted(documents))}"
+      f"{', '.join(document.id for document in documents)}"
     )
   return {"texts": num_texts, "model": config.name}
+
+
+def _recorded_texts(folder: str, documents: Container[str]) -> Iterator[tuple[Unit, str]]:
+  """Yields the recorded texts about some documents."""
+  root = pathlib.Path(folder)
+  if not root.is_dir():
+    raise ValueError(f"generator.folder={folder!r} is not a folder")
+  for subfolder in sorted(path for path in root.iterdir() if path.is_dir()):
+    yield from (item for item in recorded.read_recorded(subfolder) if item[0].document in documents)
 
 
 def record_transcript(context: Context, config: TranscriptGenerator) -> dict[str, Any]:

@@ -13,7 +13,7 @@ its rivals) with replay. Every model is asked the documents' questions without t
 
 import itertools
 
-from selfimprove_jax.pipelines.common import benchmarks, initial, planning, text
+from selfimprove_jax.pipelines.common import benchmarks, checkpoints, initial, planning, text
 from selfimprove_jax.pipelines.entigraph import arms, corpora, questions, synthesis
 from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
 from selfimprove_jax.pipelines.entigraph.config import Config
@@ -35,7 +35,7 @@ def stages(config: Config) -> list[Stage]:
     # First, so that a missing file is reported before anything is generated or trained.
     *benchmarks.examples_stages(c.benchmarks),
     *(_questions(c, name) for name in c.questions.formats),
-    Stage("initial", initial.initial, initial.InitialStageConfig(c.initial.path, c.model)),
+    Stage("initial", checkpoints.checkpoint, checkpoints.CheckpointConfig(path=c.initial.path)),
     Stage("tokenizer", initial.tokenizer, tokenizer, {"initial": "initial"}),
     text.documents_stage("replay/documents", replay, c.checked_against),
     _rows(c, "replay", c.replay_tokens),
@@ -126,7 +126,8 @@ def _arm(c: Config, name: str, arm: ArmConfig, seed: int) -> Stage:
   inputs |= {corpus: f"corpora/{corpus}/rows" for corpus in arm.corpora}
   if arm.early_stopping is not None:
     inputs[arm.early_stopping] = f"corpora/{arm.early_stopping}/rows"
-  plan = planning.training_plan(c.model, arm.target_tokens, c.seq_len)
+  model = checkpoints.planned_config(c.initial.path)
+  plan = planning.training_plan(model, arm.target_tokens, c.seq_len) if model else Plan()
   return Stage(f"arms/{name}/{seed}", arms.arm, made, inputs, plan, uses_devices=True)
 
 
@@ -161,7 +162,6 @@ def _answers(c: Config) -> list[Stage]:
         benchmarks.scores,
         asked,
         {"checkpoint": stage, "examples": f"questions/{name}"},
-        Plan(),
         uses_devices=True,
       )
       for name in c.questions.formats

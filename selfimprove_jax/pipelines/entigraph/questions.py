@@ -1,5 +1,6 @@
 """Stages that turn the questions about source documents into prompts, closed book and open book."""
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -48,6 +49,9 @@ class QuestionsStageConfig:
 def questions(context: Context, config: QuestionsStageConfig) -> dict[str, Any]:
   """Makes the prompts of the test questions in one format.
 
+  Questions about one document are not independent, so it is their group. If there is only one
+  document, each question is its own group: errors then say nothing about other documents.
+
   Raises:
     ValueError: there are fewer than two questions that have what the format needs.
   """
@@ -64,5 +68,7 @@ def questions(context: Context, config: QuestionsStageConfig) -> dict[str, Any]:
       f"the source documents have {len(made)} questions for the format {config.format!r}; a "
       f"standard error needs at least 2. Leave it out of questions.formats"
     )
+  if len({example.group for example in made}) == 1:
+    made = [dataclasses.replace(example, group=example.id) for example in made]
   context.writer.write_jsonl("examples.jsonl", (example.to_json() for example in made))
   return {"examples": len(made), "groups": len({example.group for example in made})}

@@ -32,8 +32,7 @@ def sources(context: Context, config: SourcesConfig) -> dict[str, Any]:
     ValueError: as `data.sources.read_sources`; or no document has a question.
   """
   documents = sources_lib.read_sources(config.documents)
-  validation, _ = sources_lib.split_sources(documents, config.validation_fraction)
-  held = {document.id for document in validation}
+  held = set(sources_lib.split_sources(documents, config.validation_fraction).validation)
   context.writer.write_jsonl(
     "documents.jsonl",
     (

@@ -1,6 +1,6 @@
 """Stages that ask the generator for entities and texts, a shard of documents at a time."""
 
-import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,17 +9,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from selfimprove_jax.data.sources import SourceDocument
+from selfimprove_jax.language_models import Reply
 from selfimprove_jax.pipelines.entigraph.generators import (
   GeneratorConfig,
   open_generator,
   recorded_ids,
 )
 from selfimprove_jax.pipelines.entigraph.sources import read_documents
+from selfimprove_jax.runs import storage
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section
-from selfimprove_jax.synthesis import calls, entigraph, units
-from selfimprove_jax.synthesis.entigraph import GenerationConfig
+from selfimprove_jax.synthesis import calls, units
 from selfimprove_jax.synthesis.prompts import PromptSet
+from selfimprove_jax.synthesis.records import GenerationConfig
+from selfimprove_jax.synthesis.synthesizer import Synthesizer
 from selfimprove_jax.synthesis.units import BudgetConfig, Unit
 
 _Samples = Annotated[int, Field(ge=0)]
@@ -75,29 +78,49 @@ def texts(context: Context, config: TextsStageConfig) -> dict[str, Any]:
   documents = read_documents(context.inputs["sources"])
   size = config.synthesis.documents_per_shard
   make_units = _unit_maker(context, config)
+  budget = config.synthesis.relations if config.step == "relations" else BudgetConfig()
   available = recorded_ids(config.generator, context.inputs["generator"])
-  with contextlib.ExitStack() as stack:
-    bar = stack.enter_context(context.progress.track(None, label=context.name, unit="texts"))
+  with context.progress.track(None, label=context.name, unit="texts") as bar:
     shards = context.shards(
       math.ceil(len(documents) / size),
       count=_counts,
+      enough=lambda totals: budget.is_spent(**_spent(totals)),
       on_made_elsewhere=lambda counts: bar.update(counts["records"]),
     )
+
+    def on_reply(reply: Reply, record: Mapping[str, Any] | None) -> None:
+      bar.update(int(record is not None))
+      shards.check_preemption()
+
     answer = None  # made for the first shard: a finished artifact opens no model
     for index in shards:
-      answer = answer or _answerer(context, config, documents)
+      answer = answer or _answerer(context, config, documents, on_reply)
       of_shard = documents[index * size : (index + 1) * size]
-      made = itertools.chain.from_iterable(make_units(document) for document in of_shard)
-      kept = (unit for unit in made if available is None or unit.id in available)
-
-      def on_record(record: Mapping[str, Any]) -> None:
-        bar.update(1)
-        shards.check_preemption()
-
-      answer(kept, context.folder / shards.name(index), on_record)
+      asked = itertools.chain.from_iterable(
+        units.within(make_units(document), budget) for document in of_shard
+      )
+      if available is not None:
+        asked = (unit for unit in asked if unit.id in available)
+      answer(asked, context.folder / shards.name(index), _rest(budget, shards.totals))
   totals = shards.totals
   names = ("records", "failed", "prompt_tokens", "completion_tokens")
-  return {name: totals[name] for name in names}
+  usd = {"usd": _spent(totals)["usd"]}
+  return {name: totals[name] for name in names} | usd
+
+
+def _rest(budget: BudgetConfig, totals: Mapping[str, int]) -> BudgetConfig:
+  """Returns what is left of a budget after earlier shards."""
+  spent = _spent(totals)
+  tokens, usd = budget.max_tokens, budget.max_usd
+  return dataclasses.replace(
+    budget,
+    max_tokens=None if tokens is None else tokens - spent["tokens"],
+    max_usd=None if usd is None else usd - spent["usd"],
+  )
+
+
+def _spent(totals: Mapping[str, int]) -> dict[str, Any]:
+  return {"tokens": totals["completion_tokens"], "usd": totals["micro_usd"] / 1e6}
 
 
 def _counts(record: Mapping[str, Any]) -> dict[str, int]:
@@ -106,6 +129,7 @@ def _counts(record: Mapping[str, Any]) -> dict[str, int]:
     "failed": int("failure" in record),
     "prompt_tokens": usage.get("prompt_tokens", 0),
     "completion_tokens": usage.get("completion_tokens", 0),
+    "micro_usd": round(1e6 * record.get("cost_usd", 0.0)),  # shards count integers
   }
 
 
@@ -125,11 +149,10 @@ def _unit_maker(
     return of_document.get(document.id, {field: []})[field]
 
   def relations(document: SourceDocument) -> Iterator[Unit]:
-    made = units.relation_units(document.id, found(document, "entities"), config.seed)
-    return itertools.islice(made, c.relations.max_texts_per_document)
+    return units.relation_units(document.id, found(document, "entities"), config.seed)
 
   makers: dict[str, Callable[[SourceDocument], Iterable[Unit]]] = {
-    "entities": lambda d: [Unit(d.id, "entities")],
+    "entities": lambda d: [units.entities_unit(d.id)],
     "relations": relations,
     "rephrasings": lambda d: units.rephrase_units(d.id, c.rephrase_styles, c.rephrase_samples),
     "spa": lambda d: units.spa_units(d.id, c.spa_samples),
@@ -143,27 +166,29 @@ def _unit_maker(
 
 
 def _answerer(
-  context: Context, config: TextsStageConfig, documents: list[SourceDocument]
-) -> Callable[..., None]:
-  """Returns a function that answers units and leaves their records in a file."""
-  generation = config.synthesis.generation
-  prompts = PromptSet.load(config.synthesis.prompts)
+  context: Context,
+  config: TextsStageConfig,
+  documents: list[SourceDocument],
+  on_reply: Callable[[Reply, Mapping[str, Any] | None], None],
+) -> Callable[[Iterable[Unit], storage.Path, BudgetConfig], None]:
+  """Returns a function that asks for units and leaves their records in a file."""
+  c = config.synthesis
   model = open_generator(config.generator, context.inputs["generator"])
-  by_id = {document.id: document for document in documents}
+  prompts = PromptSet.load(c.prompts)
+  synthesizer = Synthesizer(documents, prompts, c.generation, model.name)
 
-  def make_request(unit: Unit, attempt: int) -> Any:
-    return entigraph.make_request(unit, by_id[unit.document], prompts, generation, attempt)
-
-  def answer(asked: Iterable[Unit], path: Any, on_record: Callable[..., None]) -> None:
+  def answer(asked: Iterable[Unit], path: storage.Path, budget: BudgetConfig) -> None:
+    # Each record is kept as soon as it is there. The log becomes the shard by a rename.
     log = path.with_name(f".{path.name}.unfinished")
     calls.answer(
       asked,
       model=model,
-      make_request=make_request,
-      read=lambda *made: entigraph.read(*made, documents=by_id, prompts=prompts, model=model.name),
+      make_request=synthesizer.make_request,
+      read=synthesizer.read,
       log_path=log,
-      max_attempts=generation.max_attempts,
-      on_record=on_record,
+      max_attempts=c.generation.max_attempts,
+      on_reply=on_reply,
+      budget=budget,
     )
     log.rename(path)
 
