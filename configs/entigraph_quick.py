@@ -74,7 +74,7 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     synthesis=dict(relations=dict(max_texts_per_document=None if quick else 4)),
     corpora=dict(max_piece_chars=900),
     initial=dict(path=installed_checkpoint(), special_tokens=SMOLLM2_TOKENS),
-    replay=replay(("json", "email", "logging") if quick else ("json",)),
+    replay=replay(("email", "json", "logging")),
     replay_tokens=20_000 if quick else 1500,
     arms=dict(
       raw=dict(corpora=dict(raw=1.0)) | arm, entigraph=dict(corpora=dict(entigraph=1.0)) | arm

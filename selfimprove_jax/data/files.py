@@ -88,6 +88,15 @@ def matching_files(patterns: Iterable[str]) -> list[tuple[str, str]]:
   return [(file, utf8(pathlib.Path(file).relative_to(root))) for file in sorted(found)]
 
 
+def plain_or_compressed(path: pathlib.Path) -> pathlib.Path:
+  """Returns a path, or that of its compressed form (`.gz`, `.zst`) if only that exists."""
+  if not path.exists():
+    for suffix in (".gz", ".zst"):
+      if (compressed := path.with_name(path.name + suffix)).exists():
+        return compressed
+  return path
+
+
 def folder_files(folder: str, pattern: str) -> list[pathlib.Path]:
   """Returns the files of a folder that match, in order, relative to it; skips hidden ones.
 

@@ -405,7 +405,7 @@ def _niche(config: NicheConfig) -> Iterator[_Found]:
   if not folders:
     raise CorpusError(f"folder={config.folder!r} has no subfolders; each document is one")
   for folder in folders:
-    lines = list(_records((str(folder / "document.jsonl"),)))
+    lines = list(_records((str(files.plain_or_compressed(folder / "document.jsonl")),)))
     if len(lines) != 1:
       raise CorpusError(f"{folder / 'document.jsonl'}: {len(lines)} records; there must be one")
     [(line, record)] = lines
@@ -414,7 +414,8 @@ def _niche(config: NicheConfig) -> Iterator[_Found]:
       title, author, year = (_optional(record, name) for name in ("title", "author", "year"))
       text = files.field(record, "text")
     questions = []
-    for asked, question in _records((str(folder / "questions.jsonl"),)):
+    asked_file = files.plain_or_compressed(folder / "questions.jsonl")
+    for asked, question in _records((str(asked_file),)):
       with _explained(asked.where):
         if (owner := files.field(question, "document")) != id_:
           raise CorpusError(f"document is {owner!r}; the document of this folder is {id_!r}")

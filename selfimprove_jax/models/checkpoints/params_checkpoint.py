@@ -173,7 +173,9 @@ class StageCheckpoint(_OrbaxCheckpoint):
 
   @property
   def max_positions(self) -> int:
-    """The row length that the model was trained on."""
+    """The context of the checkpoint that it started from, or the row length of its training."""
+    if "max_positions" in self._summary:
+      return self._summary["max_positions"]
     config = json.loads((self.path / "config.json").read_bytes())["config"]
     return config["seq_len"] if "seq_len" in config else config["training"]["seq_len"]
 

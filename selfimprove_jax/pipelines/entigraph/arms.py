@@ -1,7 +1,6 @@
 """Stages that train the arms, and the losses of the initial model to compare with."""
 
 import dataclasses
-import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -100,7 +99,7 @@ def arm(context: Context, config: ArmStageConfig) -> dict[str, Any]:
     initial_params=opened.load_params(mesh, model_config),
   )
   _write_losses(context, config, params, model_config, mesh)
-  return summary
+  return summary | {"max_positions": opened.max_positions}
 
 
 def _training(config: ArmStageConfig) -> TrainingConfig:
@@ -154,6 +153,5 @@ def _write_losses(
   if test is None:
     return 0
   found = models.document_losses(model_config, mesh, params, test, config.evaluation)
-  records = itertools.chain(models.loss_records(found))
-  context.writer.write_jsonl("test.jsonl", records)
+  context.writer.write_jsonl("test.jsonl", models.loss_records(found))
   return context.writer.counts("test.jsonl")["records"]
