@@ -36,16 +36,16 @@ def read_recorded(folder: str | os.PathLike) -> Iterator[tuple[Unit, str]]:
       another document or about entities that are not listed, or repeats an earlier one.
   """
   root = pathlib.Path(folder)
-  documents = [files.field(record, "id") for _, record in _records(root / "document.jsonl")]
+  documents = [files.field(record, "id") for _, record in _records(root, "document.jsonl")]
   if len(documents) != 1:
     raise CorpusError(f"{root / 'document.jsonl'}: {len(documents)} records; there must be one")
-  names = [name for name in ("entigraph.jsonl", "rephrase.jsonl") if (root / name).exists()]
+  names = [name for name in ("entigraph.jsonl", "rephrase.jsonl") if _file(root, name).exists()]
   if not names:
     raise CorpusError(f"{root} has neither entigraph.jsonl nor rephrase.jsonl")
   seen: set[Unit] = set()
   entities: list[str] = []
   for name in names:
-    for where, record in _records(root / name):
+    for where, record in _records(root, name):
       try:
         unit, text = _recorded(record, entities)
         if unit.document != documents[0]:
@@ -136,9 +136,13 @@ def _recorded(record: Any, entities: list[str]) -> tuple[Unit, str]:
   return Unit(document, kind, key, record.get("sample", 0)), files.field(record, "text")
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _file(root: pathlib.Path, name: str) -> pathlib.Path:
+  return files.plain_or_compressed(root / name)
+
+
+def _records(root: pathlib.Path, name: str) -> Iterator[tuple[str, Any]]:
   """Yields the records of a JSON-lines file, each with its place."""
-  for line in files.jsonl_lines((str(path),)):
+  for line in files.jsonl_lines((str(_file(root, name)),)):
     if isinstance(line, CorpusError):
       raise line
     try:
