@@ -13,8 +13,11 @@ its rivals) with replay. Every model is asked the documents' questions without t
 
 import itertools
 
+import selfimprove_jax.pipelines.entigraph.arms as arms
+import selfimprove_jax.pipelines.entigraph.corpora as corpora
+import selfimprove_jax.pipelines.entigraph.questions as questions
+import selfimprove_jax.pipelines.entigraph.synthesis as synthesis
 from selfimprove_jax.pipelines.common import benchmarks, checkpoints, initial, planning, text
-from selfimprove_jax.pipelines.entigraph import arms, corpora, questions, synthesis
 from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
 from selfimprove_jax.pipelines.entigraph.config import Config
 from selfimprove_jax.pipelines.entigraph.generators import generator_stage

@@ -196,7 +196,7 @@ def _answer_blocks(
   if not found:
     return ()
   summary = made["sources"].summary
-  about = f"{summary['questions']} questions about {summary['documents']} documents."
+  about = f"Questions: {summary['questions']:,}; source documents: {summary['documents']:,}."
   if summary["documents"] - summary["validation_documents"] == 1:
     about += (
       " There is one document to test on, so the errors are over its questions and say nothing "
