@@ -3,25 +3,30 @@
 Axis letters: C documents, E embedding, B batch, T position, D model.
 
 A row has length 1, or is all zeros if there is nothing to embed: it then has similarity 0 to all
-others and joins no pair. The SBP paper embeds with Qwen3-Embedding-0.6B (1024-d); neither embedder
-here needs a download.
+others and joins no pair. The SBP paper embeds with Qwen3-Embedding-0.6B (1024-d); TF-IDF and the
+seed model need no download.
 """
 
 import dataclasses
 import itertools
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
+from selfimprove_jax.models import bert
+from selfimprove_jax.models.checkpoints import hf_config
 from selfimprove_jax.runtime.config import section
 
 _CHUNK_BYTES = 16 << 20
+_FEWEST_COLUMNS = 32
 _MIN_NORM = 1e-6  # of a projected unit vector; below it the direction is rounding noise
 
 
@@ -46,6 +51,26 @@ class SeedModelConfig:
 
 
 EmbeddingConfig = Annotated[TfidfSvdConfig | SeedModelConfig, Field(discriminator="method")]
+
+
+@section
+class BertSentencesConfig:
+  """Embeds by `BertSentences`, a sentence encoder such as all-MiniLM-L6-v2.
+
+  Attributes:
+    folder: a Hugging Face folder with `BertModel` and tokenizer.json.
+    seq_len: tokens of a text that count, with two special ones; None takes the number in the
+      folder's sentence_bert_config.json or, without that file, all positions of the model.
+  """
+
+  method: Literal["bert"] = "bert"
+  folder: str
+  batch_size: Annotated[int, Field(ge=1)] = 32
+  seq_len: Annotated[int, Field(ge=3)] | None = None
+
+
+TextEmbeddingConfig = Annotated[TfidfSvdConfig | BertSentencesConfig, Field(discriminator="method")]
+"""Embedders that need nothing but texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +120,114 @@ class TfidfSvd:
       return np.zeros((0, self.svd.n_components), np.float32)
     with threadpoolctl.threadpool_limits(1):
       return _unit_rows(self.svd.transform(self.vectorizer.transform(texts)))
+
+
+@dataclasses.dataclass(frozen=True)
+class BertSentences:
+  """Embeds texts by the mean of a BERT encoder's hidden states over their tokens.
+
+  Special tokens count in the mean, as in sentence-transformers, except that a text without other
+  tokens is a zero row.
+
+  Attributes:
+    tokenizer: adds the special tokens; truncates to `seq_len` tokens and pads nothing.
+    hidden_fn: as in `mean_pooled`.
+  """
+
+  tokenizer: tokenizers.Tokenizer
+  hidden_fn: Callable[[Array, Array, Array], Array]
+  seq_len: int
+  batch_size: int
+  pad_id: int
+
+  @classmethod
+  def load(cls, config: BertSentencesConfig) -> "BertSentences":
+    """Loads the encoder of a Hugging Face folder.
+
+    Raises:
+      ValueError: the folder has no such encoder, pools in another way than by the mean, or has
+        fewer positions than `seq_len`.
+    """
+    folder = pathlib.Path(config.folder)
+    model_config = bert.read_config(folder)
+    seq_len = config.seq_len or _own_seq_len(folder, model_config.max_positions)
+    if seq_len > model_config.max_positions:
+      raise ValueError(
+        f"seq_len={seq_len} is more than the {model_config.max_positions} positions of {folder}"
+      )
+    _check_pooling(folder)
+    try:
+      tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises no narrower class
+      raise ValueError(f"{folder / 'tokenizer.json'} can't be read: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(seq_len)
+    if tokenizer.get_vocab_size() > model_config.vocab_size:
+      raise ValueError(
+        f"{folder} has a tokenizer of {tokenizer.get_vocab_size()} tokens for a model of "
+        f"{model_config.vocab_size}"
+      )
+    params = bert.load_params(folder, model_config)
+    model = bert.Bert(model_config)
+
+    @jax.jit
+    def hidden(params: Any, tokens_BT: Array, segment_ids_BT: Array) -> Array:
+      return model.apply({"params": params}, tokens_BT, segment_ids_BT > 0)
+
+    def hidden_fn(tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> Array:
+      return hidden(params, tokens_BT, segment_ids_BT)
+
+    return cls(tokenizer, hidden_fn, seq_len, config.batch_size, pad_id=0)
+
+  def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "C E"]:
+    """Returns float32 unit rows; a zero row for a text without tokens."""
+    encodings = self.tokenizer.encode_batch(list(texts))
+    tokens = [[] if all(e.special_tokens_mask) else e.ids for e in encodings]
+    # Texts of similar length share a batch, and each number of columns is compiled once.
+    lengths = [min(self.seq_len, max(_FEWEST_COLUMNS, _power_of_2(len(ids)))) for ids in tokens]
+    rows: list[np.ndarray | None] = [None] * len(tokens)
+    for length in sorted({*lengths}) or [min(self.seq_len, _FEWEST_COLUMNS)]:
+      chosen = [index for index, other in enumerate(lengths) if other == length]
+      embedded = mean_pooled(
+        self.hidden_fn,
+        [tokens[index] for index in chosen],
+        seq_len=length,
+        batch_size=self.batch_size,
+        pad_id=self.pad_id,
+      )
+      for index, row in zip(chosen, embedded, strict=True):
+        rows[index] = row
+    return np.stack(rows) if rows else embedded
+
+
+def text_embedder(
+  config: TextEmbeddingConfig, texts: Sequence[str], *, seed: int
+) -> Callable[[Sequence[str]], Float[np.ndarray, "C E"]]:
+  """Makes an embedder of texts; `texts` and `seed` fit those that are fitted."""
+  if isinstance(config, TfidfSvdConfig):
+    return TfidfSvd.fit(texts, dim=config.dim, seed=seed)
+  return BertSentences.load(config)
+
+
+def _own_seq_len(folder: pathlib.Path, max_positions: int) -> int:
+  path = folder / "sentence_bert_config.json"
+  value = hf_config.read_json(path).get("max_seq_length") if path.exists() else None
+  return max_positions if value is None else hf_config.check_size(path, "max_seq_length", value)
+
+
+def _check_pooling(folder: pathlib.Path) -> None:
+  path = folder / "1_Pooling" / "config.json"
+  if not path.exists():
+    return
+  prefix = "pooling_mode_"
+  modes = {n: on for n, on in hf_config.read_json(path).items() if n.startswith(prefix)}
+  chosen = sorted(name.removeprefix(prefix) for name, is_on in modes.items() if is_on)
+  if chosen != ["mean_tokens"]:
+    raise ValueError(f"{path} pools by {', '.join(chosen)}; supported is mean_tokens")
+
+
+def _power_of_2(length: int) -> int:
+  return 1 << max(0, length - 1).bit_length()
 
 
 def mean_pooled(

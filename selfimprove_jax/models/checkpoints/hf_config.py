@@ -8,11 +8,12 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from selfimprove_jax.models.llama import LlamaConfig, RopeScaling
 from selfimprove_jax.runtime.config import parse
 
+T = TypeVar("T")
 CONFIG_FILE = "config.json"
 # transformers' defaults for fields that config.json leaves out.
 _LLAMA = {
@@ -115,18 +116,22 @@ def read_config(folder: str | os.PathLike) -> LlamaConfig:
 
 
 def make_config(
-  path: pathlib.Path, values: Mapping[str, Any], names: Mapping[str, str]
-) -> LlamaConfig:
+  path: pathlib.Path,
+  values: Mapping[str, Any],
+  names: Mapping[str, str],
+  section: type[T] = LlamaConfig,
+) -> T:
   """Checks a file's values and returns them as a config.
 
   Args:
     names: the file's names of our fields, for its errors.
+    section: the class of the config.
 
   Raises:
     ValueError: a value is not allowed.
   """
   try:
-    return parse(LlamaConfig, values)
+    return parse(section, values)
   except ValueError as error:
     message = re.sub(r"^\w+|\b\w+(?==)", lambda found: names.get(found[0], found[0]), str(error))
     raise ValueError(f"{path} describes no model: {message}") from error
