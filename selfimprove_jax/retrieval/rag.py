@@ -11,7 +11,7 @@ reranks with rerank-english-v3.0, two paid services. Here a language model can r
 the query is after the passage:
 
   def score(pairs):
-    requests = (ScoreRequest(f"{passage}\\n\\n", query) for query, passage in pairs)
+    requests = (ScoreRequest(context=p + "\\n\\n", continuation=query) for query, p in pairs)
     return [scored.logprob for scored in model.score(requests)]
 
 Axis letters: Q queries, C chunks, E embedding.
