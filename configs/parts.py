@@ -15,6 +15,7 @@ _SHAPES = {
   "1m": (4, 128, 344, 4, 4, 32),
   "3b": (26, 3072, 8064, 24, 8, 128),  # SBP's; recalled, unverified
   "6b": (32, 4096, 11008, 32, 8, 128),  # SBP's; a guess of about the right size
+  "smollm2_135m": (30, 576, 1536, 9, 3, 64),
   "llama3_8b": (32, 4096, 14336, 32, 8, 128),
 }
 

@@ -21,7 +21,8 @@ from selfimprove_jax.runtime.config import page, parse, section, to_json
 _VARIANTS = {
   "sbp_quick": ("quick", "smoke"),
   "cpt_quick": ("quick", "smoke"),
-  "entigraph_8b": ("paper",),
+  "entigraph_quality": ("paper", "rivals"),
+  "entigraph_quick": ("quick", "smoke", "niche"),
   "sbp_3b": ("200b", "1t"),
   "sbp_6b": ("200b", "1t"),
   "budget_forcing": ("default", "s1", "quick", "smoke"),
@@ -30,6 +31,7 @@ _VARIANTS = {
 _LAST = {
   "sbp": "arms/sbp",
   "continued_pretraining": "tuned",
+  "entigraph": "arms/entigraph/0",
   "budget_forcing": "responses/parallel",
   "evaluation": "metrics/",
 }
@@ -97,7 +99,7 @@ def _override(name: str, *arguments: str) -> tuple[dict[str, Any], list[str]]:
   return values["config"].value.to_dict(), list(overrides)
 
 
-@pytest.mark.parametrize("name", ["sbp_quick", "cpt_quick", "entigraph_8b", "sbp_3b"])
+@pytest.mark.parametrize("name", ["sbp_quick", "cpt_quick", "entigraph_quality", "sbp_3b"])
 def test_every_knob_can_be_set_from_the_command_line(name):
   before = _page(name).to_dict()
   told = {path: value for path, value in _leaves(before)}
@@ -164,19 +166,6 @@ def test_the_command_line_chooses_another_kind_of_embeddings_and_of_initial_mode
   knobs = {"initial.kind": "checkpoint", "initial.path": "/models/x"}
   found = _override_all("cpt_quick.py:smoke", **knobs).initial
   assert (found.path, found.special_tokens) == ("/models/x", SpecialTokens())
-  knobs = {
-    "initial.kind": "pretrain",
-    "initial.tokenizer.vocab_size": "1000",
-    "initial.tokenizer.train_chars": "1000",
-    "initial.training.batch_rows": "4",
-    "initial.training.peak_lr": "1e-3",
-    "initial.training.final_lr": "1e-4",
-    "initial.total_tokens": "100000",
-    "initial.weight_decay": "0.1",
-    "initial.dropout_rate": "0.0",
-  }
-  training = _override_all("entigraph_8b.py", **knobs).initial.training
-  assert (training.batch_rows, training.peak_lr, training.b2) == (4, 1e-3, 0.95)
 
 
 _WRONG = [
@@ -277,11 +266,11 @@ def test_each_training_of_an_arm_reads_a_draw_of_its_own():
 
 
 def test_entigraph_is_the_continued_pretraining_of_the_paper():
-  stages = _stages(_parse(_page("entigraph_8b").to_dict()))
-  (tuned,) = [stage for stage in stages if stage.name == "tuned"]
-  assert tuned.plan.tokens == 910_000_000  # two epochs of 455M
-  assert tuned.plan.state_bytes == 16 * 8_030_261_248  # Llama-3-8B's parameters
-  found = to_json(tuned.config)
+  stages = _stages(_parse(_page("entigraph_quality").to_dict()))
+  (arm,) = [stage for stage in stages if stage.name == "arms/entigraph/0"]
+  assert arm.plan.tokens == 910_000_000  # two epochs of 455M
+  assert arm.plan.state_bytes == 16 * 8_030_261_248  # Llama-3-8B's parameters
+  found = to_json(arm.config)
   expected = dict(batch_rows=16, peak_lr=5e-6, final_lr=0.0, warmup_fraction=0.05)
   expected |= dict(b1=0.9, b2=0.999, eps=1e-8, clip_norm=1.0)
   assert found["training"] | expected == found["training"]

@@ -88,8 +88,9 @@ def load(page: dict[str, Any], *, layers: int | None = None) -> Any:
 
 
 def programs_of(config: Any) -> Sequence[str]:
-  """Returns the programs of a config; only pipelines with a `synthesis` section sample."""
-  return PROGRAMS if hasattr(config, "synthesis") else PROGRAMS[:1]
+  """Returns the programs of a config; only pipelines that sample with the model have them all."""
+  samples = hasattr(getattr(config, "synthesis", None), "mesh")
+  return PROGRAMS if samples else PROGRAMS[:1]
 
 
 def lower(config: Any, program: str, devices: list[Any]) -> tuple[Any, dict[str, Any]]:
@@ -102,7 +103,7 @@ def lower(config: Any, program: str, devices: list[Any]) -> tuple[Any, dict[str,
     raise ValueError(f"program {program!r} is unknown; there are {PROGRAMS}")
   if program not in programs_of(config):
     raise ValueError(
-      f"the pipeline {config.pipeline!r} has no `synthesis` section to sample by; use --what=train"
+      f"the pipeline {config.pipeline!r} has no `synthesis.mesh` to sample on; use --what=train"
     )
   if program == "train":
     return _lower_train(config, devices)

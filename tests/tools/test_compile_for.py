@@ -27,7 +27,7 @@ _PODS = {
   "cpt_quick:quick": ("v5p:2x2x1", 4),
   "sbp_3b:1t": ("v5p:2x2x2", 8),
   "sbp_6b:1t": ("v5p:2x4x4", 32),
-  "entigraph_8b:paper": ("v5p:2x2x4", 16),
+  "entigraph_quality:paper": ("v5p:2x2x4", 16),
 }
 
 

@@ -1,7 +1,7 @@
 """Stages that train the arms, and the losses of the initial model to compare with."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -16,20 +16,6 @@ from selfimprove_jax.runtime.partitioning import MeshConfig
 from selfimprove_jax.training.config import TrainingConfig
 
 _Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-@section
-class TrainedModelConfig:
-  """Configures how the checkpoint is computed in training; its shape is its own.
-
-  Attributes:
-    dtype: of activations; parameters and moments are float32.
-    remat, scan_unroll: as in `LlamaConfig`.
-  """
-
-  dtype: Literal["float32", "bfloat16"] = "bfloat16"
-  remat: Literal["none", "full", "dots", "qkv_context"] = "none"
-  scan_unroll: Annotated[int, Field(ge=1)] = 1
 
 
 @section
@@ -64,7 +50,7 @@ class ArmConfig:
 class ArmStageConfig(ArmConfig):
   """Configures the stage `arms/NAME/SEED`."""
 
-  model: TrainedModelConfig
+  model: LlamaConfig
   mesh: MeshConfig
   training: TrainingConfig
   weight_decay: float
@@ -131,7 +117,7 @@ def _components(context: Context, config: ArmStageConfig) -> tuple[list[mixture.
 class InitialLossesConfig:
   """Configures the stage `losses/initial`."""
 
-  model: TrainedModelConfig
+  model: LlamaConfig
   mesh: MeshConfig
   seq_len: int
   evaluation: EvaluationConfig

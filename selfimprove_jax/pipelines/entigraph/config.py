@@ -6,11 +6,12 @@ from pydantic import Field
 
 from selfimprove_jax.data.decontamination import DecontaminationConfig
 from selfimprove_jax.data.tokenizer import SpecialTokens
+from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import benchmarks, planning
 from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
 from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
-from selfimprove_jax.pipelines.entigraph.arms import ArmConfig, TrainedModelConfig
+from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
 from selfimprove_jax.pipelines.entigraph.generators import GeneratorConfig
 from selfimprove_jax.pipelines.entigraph.questions import QuestionsConfig
 from selfimprove_jax.pipelines.entigraph.sources import SourcesConfig
@@ -69,6 +70,7 @@ class Config:
     arms: name -> arm. Each is compared with the initial model.
     benchmarks: scored with the initial model and with each arm: what was forgotten.
     decontamination: of the synthetic texts and the replay; see `checked_against`.
+    model: the model to train; the checkpoint must have its shape.
     training: one setting for all arms.
   """
 
@@ -87,7 +89,7 @@ class Config:
   replay: CorpusConfig
   replay_tokens: _Count
   arms: Annotated[dict[str, ArmConfig], Field(min_length=1)]
-  model: TrainedModelConfig = TrainedModelConfig()
+  model: LlamaConfig
   training: TrainingConfig
   weight_decay: Annotated[float, Field(ge=0)]
   evaluation: EvaluationConfig
@@ -96,6 +98,8 @@ class Config:
   decontamination: DecontaminationConfig = DecontaminationConfig()
 
   def __post_init__(self) -> None:
+    if self.model.dropout_rate:
+      raise ValueError(f"model.dropout_rate={self.model.dropout_rate} must be 0: arms have none")
     self.benchmarks.check_length(self.seq_len)
     for name, arm in self.arms.items():
       planning.check_has_steps(

@@ -17,12 +17,12 @@ import selfimprove_jax.pipelines.entigraph.arms as arms
 import selfimprove_jax.pipelines.entigraph.corpora as corpora
 import selfimprove_jax.pipelines.entigraph.questions as questions
 import selfimprove_jax.pipelines.entigraph.synthesis as synthesis
-from selfimprove_jax.pipelines.common import benchmarks, checkpoints, initial, planning, text
+from selfimprove_jax.pipelines.common import benchmarks, initial, planning, text
 from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
 from selfimprove_jax.pipelines.entigraph.config import Config
 from selfimprove_jax.pipelines.entigraph.generators import generator_stage
 from selfimprove_jax.pipelines.entigraph.sources import sources
-from selfimprove_jax.runs.stage import Plan, Stage
+from selfimprove_jax.runs.stage import Stage
 
 _ALL = 10**15  # tokens: a corpus is used whole
 _STEP_INPUTS = {"relations": ("entities",), "active_reading": ("strategies",)}
@@ -32,13 +32,14 @@ def stages(config: Config) -> list[Stage]:
   """Returns the stages, each after those it reads."""
   c = config
   tokenizer = initial.TokenizerStageConfig(special_tokens=c.initial.special_tokens)
+  start = initial.InitialStageConfig(path=c.initial.path, model=c.model)
   replay = text.DocumentsConfig(corpus=c.replay, seed=c.seed)
   return [
     Stage("sources", sources, c.sources),
     # First, so that a missing file is reported before anything is generated or trained.
     *benchmarks.examples_stages(c.benchmarks),
     *(_questions(c, name) for name in c.questions.formats),
-    Stage("initial", checkpoints.checkpoint, checkpoints.CheckpointConfig(path=c.initial.path)),
+    Stage("initial", initial.initial, start),
     Stage("tokenizer", initial.tokenizer, tokenizer, {"initial": "initial"}),
     text.documents_stage("replay/documents", replay, c.checked_against),
     _rows(c, "replay", c.replay_tokens),
@@ -46,7 +47,7 @@ def stages(config: Config) -> list[Stage]:
     *(_texts(c, step) for step in _steps(c)),
     *itertools.chain.from_iterable(_corpus(c, name) for name in corpora_names(c)),
     _initial_losses(c),
-    *(_arm(c, name, arm, seed) for name, arm in c.arms.items() for seed in c.training_seeds),
+    *(_arm(c, name, arm, seed) for seed in c.training_seeds for name, arm in c.arms.items()),
     *_answers(c),
   ]
 
@@ -56,8 +57,8 @@ def models(config: Config) -> dict[str, str]:
 
   A name is "initial", or ARM/SEED.
   """
-  trained = itertools.product(config.arms, config.training_seeds)
-  return {"initial": "initial"} | {f"{arm}/{seed}": f"arms/{arm}/{seed}" for arm, seed in trained}
+  names = [f"{arm}/{seed}" for seed in config.training_seeds for arm in config.arms]
+  return {"initial": "initial"} | {name: f"arms/{name}" for name in names}
 
 
 def corpora_names(config: Config) -> list[str]:
@@ -129,8 +130,7 @@ def _arm(c: Config, name: str, arm: ArmConfig, seed: int) -> Stage:
   inputs |= {corpus: f"corpora/{corpus}/rows" for corpus in arm.corpora}
   if arm.early_stopping is not None:
     inputs[arm.early_stopping] = f"corpora/{arm.early_stopping}/rows"
-  model = checkpoints.planned_config(c.initial.path)
-  plan = planning.training_plan(model, arm.target_tokens, c.seq_len) if model else Plan()
+  plan = planning.training_plan(c.model, arm.target_tokens, c.seq_len)
   return Stage(f"arms/{name}/{seed}", arms.arm, made, inputs, plan, uses_devices=True)
 
 
