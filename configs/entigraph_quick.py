@@ -62,7 +62,7 @@ def _arm(target_tokens: int, replay_share: float = 0.1, **corpora: float) -> dic
 
 
 def _arms(variant: str) -> dict[str, Any]:
-  tokens = {"quick": 24_000, "smoke": 600, "niche": 30_000}[variant]
+  tokens = {"quick": 24_000, "smoke": 600, "niche": 36_000}[variant]
   arms = dict(raw=_arm(tokens, raw=1.0), entigraph=_arm(tokens, entigraph=1.0))
   if variant == "niche":
     arms |= dict(

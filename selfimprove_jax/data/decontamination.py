@@ -10,6 +10,7 @@ import array
 import collections
 import gzip
 import heapq
+import itertools
 import json
 import pathlib
 import zlib
@@ -254,16 +255,21 @@ class Findings:
     }
 
 
-def open_benchmarks(config: DecontaminationConfig) -> Benchmarks:
-  """Reads the benchmarks of `config.data_dir`.
+def open_benchmarks(config: DecontaminationConfig, more: Iterable[ItemText] = ()) -> Benchmarks:
+  """Reads the benchmarks of `config.data_dir`, if it names one.
+
+  Args:
+    more: items besides those.
 
   Raises:
     ValueError: there is no such folder, a task has no file there, or a line is not a JSON object
       with text (file and line are named).
   """
-  files = _files(pathlib.Path(config.data_dir or ""), config.tasks)
+  files = {} if config.data_dir is None else _files(pathlib.Path(config.data_dir), config.tasks)
   texts = (text for task, file in files.items() for text in read_items(task, file))
-  return Benchmarks(texts, run_words=config.run_words, min_words=config.min_words)
+  return Benchmarks(
+    itertools.chain(texts, more), run_words=config.run_words, min_words=config.min_words
+  )
 
 
 def task_of(file_name: str) -> str:

@@ -98,13 +98,16 @@ def _read_and_split(
         f"lists them. The first: {rejected[0]}"
       )
 
+  findings = None
+  if decontamination is not None:
+    findings = Findings(open_benchmarks(decontamination), decontamination)
   summary = write_documents(
     context,
     found(),
     corpus.split,
     seed=config.seed,
     source=corpus.source.kind,
-    decontamination=decontamination,
+    findings=findings,
   )
   if summary["groups"]["test"] < config.min_test_groups:
     raise ValueError(
@@ -124,13 +127,13 @@ def write_documents(
   *,
   seed: int,
   source: str,
-  decontamination: DecontaminationConfig | None = None,
+  findings: Findings | None = None,
 ) -> dict[str, Any]:
   """Writes documents as `split.write_split` does, after a search for items of benchmarks.
 
   Args:
     source: the corpus's name in error messages.
-    decontamination: drops or marks the documents that contain benchmark items, and lists them in
+    findings: drops or marks the documents that contain benchmark items, which are listed in
       `_contaminated.jsonl`; None does not search.
   """
   scratch = storage.scratch(context.folder / ".scratch")
@@ -138,8 +141,7 @@ def write_documents(
   with contextlib.ExitStack() as stack:
     bar = stack.enter_context(context.progress.track(None, label="documents", unit="documents"))
     kept = _counted(found, bar)
-    if decontamination is not None:
-      findings = Findings(open_benchmarks(decontamination), decontamination)
+    if findings is not None:
       # On disk, since a corpus may have more such documents than memory holds.
       listed = stack.enter_context(tempfile.TemporaryFile("w+", dir=scratch, encoding="utf-8"))
       kept = findings.kept(kept, on_found=lambda item: listed.write(json.dumps(item) + "\n"))
@@ -151,7 +153,7 @@ def write_documents(
         f"documents dropped, because others have the same text: {summary['repeated']} of "
         f"{summary['documents']}"
       )
-    if decontamination is not None:
+    if findings is not None:
       listed.seek(0)
       context.writer.write_jsonl(CONTAMINATED, map(json.loads, listed))
       context.progress.note(f"{context.name}: {findings.sentence}")

@@ -7,7 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from selfimprove_jax.data.corpora import Document
-from selfimprove_jax.data.decontamination import DecontaminationConfig
+from selfimprove_jax.data.decontamination import (
+  DecontaminationConfig,
+  Findings,
+  ItemText,
+  open_benchmarks,
+)
 from selfimprove_jax.data.sources import SourceDocument
 from selfimprove_jax.data.split import SplitConfig
 from selfimprove_jax.pipelines.common import text
@@ -46,7 +51,7 @@ class CorpusStageConfig:
   max_piece_chars: Annotated[int, Field(ge=1)] | None
   max_tokens_per_document: int | None
   seed: int
-  decontamination: DecontaminationConfig | None
+  decontamination: DecontaminationConfig
 
 
 def documents(context: Context, config: CorpusStageConfig) -> dict[str, Any]:
@@ -69,8 +74,27 @@ def documents(context: Context, config: CorpusStageConfig) -> dict[str, Any]:
     split,
     seed=config.seed,
     source=f"the corpus {config.corpus!r}",
-    decontamination=config.decontamination,
+    findings=_findings(context, config),
   )
+
+
+def _findings(context: Context, config: CorpusStageConfig) -> Findings | None:
+  """Returns the search for benchmarks' items and, in synthetic texts, for the test questions.
+
+  A generator that knows such questions, or has one in view, may write them into its texts.
+  """
+  if config.decontamination.action == "off":
+    return None
+  questions: list[ItemText] = []
+  if config.corpus != "raw":
+    questions = [
+      ItemText("source questions", question.id, question.question)
+      for document in read_documents(context.inputs["sources"])
+      for question in document.questions
+    ]
+  if not questions and config.decontamination.data_dir is None:
+    return None
+  return Findings(open_benchmarks(config.decontamination, questions), config.decontamination)
 
 
 def _sources(context: Context, config: CorpusStageConfig) -> Iterator[Document]:

@@ -95,9 +95,9 @@ def _corpus(c: Config, name: str) -> list[Stage]:
     max_piece_chars=c.corpora.max_piece_chars,
     max_tokens_per_document=c.corpora.max_tokens_per_document,
     seed=c.seed,
-    decontamination=c.checked_against,
+    decontamination=c.checked_against or c.decontamination,
   )
-  inputs = {step: step for step in (corpora.STEPS[name] or ("sources",))}
+  inputs = {step: step for step in ("sources", *corpora.STEPS[name])}
   documents = Stage(f"corpora/{name}/documents", corpora.documents, made, inputs)
   return [documents, _rows(c, f"corpora/{name}", _ALL)]
 
