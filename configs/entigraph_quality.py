@@ -16,11 +16,12 @@ Replay: the 1T sample of RedPajama, as JSON lines. The nine benchmarks are read 
 `evals` (`--config.benchmarks.data_dir`; `--config.benchmarks.tasks=` scores none).
 configs/entigraph_quick.py is the same pipeline on a laptop.
 
-Differs from the paper: prompts are our own; no token sees another document (the paper cuts blocks
-of 2048 from one concatenation, without a mask); replay is exactly a tenth of the rows, without
-replacement, instead of each row with that probability; attempts without an answer are counted as
-wrong in `acc_asked`. Parameters and moments are float32, and the computation is bfloat16. Never run
-at this size.
+Differs from the paper: prompts are our own; passages are found by TF-IDF and reranked by the
+initial model, where the paper uses two paid services, and their settings are not tuned; no token
+sees another document (the paper cuts blocks of 2048 from one concatenation, without a mask); replay
+is exactly a tenth of the rows, without replacement, instead of each row with that probability;
+attempts without an answer are counted as wrong in `acc_asked`. Parameters and moments are float32,
+and the computation is bfloat16. Never run at this size.
 """
 
 from typing import Any
@@ -148,6 +149,16 @@ def get_config(variant: str = "paper") -> mlc.ConfigDict:
       formats=("chain_of_thought", "choices"),
       num_samples=64,
       engine=dict(num_slots=64, max_length=4096),
+    ),
+    open_book=dict(
+      rag=dict(
+        max_chars=1024,
+        embedding=dict(method="tfidf_svd", dim=512),
+        search=dict(num_neighbors=128),
+      ),
+      num_passages=8,
+      num_candidates=128,
+      reranks=True,
     ),
     benchmarks=dict(tasks=parts.SBP_TASKS, data_dir="evals"),
   )

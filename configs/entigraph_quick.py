@@ -116,5 +116,14 @@ def get_config(variant: str = "quick") -> mlc.ConfigDict:
     ),
     weight_decay=0.01,
     evaluation=dict(batch_rows=4, max_validation_rows=16),
-    questions=dict(engine=dict(num_slots=8, max_length=512)),
+    questions=dict(engine=dict(num_slots=8, max_length=1024)),
+    open_book=dict(
+      rag=dict(
+        max_chars=512,
+        embedding=dict(method="tfidf_svd", dim=64 if niche else 8),
+        search=dict(method="exact", num_neighbors=8),
+      ),
+      num_passages=2,
+      num_candidates=8,
+    ),
   )

@@ -13,6 +13,7 @@ from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
 from selfimprove_jax.pipelines.entigraph.arms import ArmConfig
 from selfimprove_jax.pipelines.entigraph.generators import GeneratorConfig
+from selfimprove_jax.pipelines.entigraph.open_book import OpenBookConfig
 from selfimprove_jax.pipelines.entigraph.questions import QuestionsConfig
 from selfimprove_jax.pipelines.entigraph.sources import SourcesConfig
 from selfimprove_jax.pipelines.entigraph.synthesis import SynthesisConfig
@@ -68,6 +69,8 @@ class Config:
       measure what was forgotten.
     replay_tokens: the first documents of the replay text up to this are used.
     arms: name -> arm. Each is compared with the initial model.
+    questions: closed-book questions to the initial model and to each arm.
+    open_book: the same questions after passages that were found for them.
     benchmarks: scored with the initial model and with each arm: what was forgotten.
     decontamination: of the synthetic texts and the replay; see `checked_against`.
     model: the model to train; the checkpoint must have its shape.
@@ -94,6 +97,7 @@ class Config:
   weight_decay: Annotated[float, Field(ge=0)]
   evaluation: EvaluationConfig
   questions: QuestionsConfig
+  open_book: OpenBookConfig
   benchmarks: BenchmarksConfig = BenchmarksConfig()
   decontamination: DecontaminationConfig = DecontaminationConfig()
 

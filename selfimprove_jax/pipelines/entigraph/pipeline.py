@@ -4,17 +4,19 @@
                         rephrasings, spa, strategies,
                         active_reading, focal
   initial -> tokenizer;  replay/documents -> replay/rows
-  questions/FORMAT -> answers/MODEL/FORMAT
+  questions/FORMAT -> answers/MODEL/FORMAT;  passages -> open_questions/FORMAT -> open_answers/...
 
 A generator writes many texts about a few source documents. Each arm continues the pretraining of
 one checkpoint on a corpus (the documents themselves, rephrasings, EntiGraph's relations, or one of
-its rivals) with replay. Every model is asked the documents' questions without the documents.
+its rivals) with replay. Every model is asked the documents' questions, without the documents and
+after passages of them.
 """
 
 import itertools
 
 import selfimprove_jax.pipelines.entigraph.arms as arms
 import selfimprove_jax.pipelines.entigraph.corpora as corpora
+import selfimprove_jax.pipelines.entigraph.open_book as open_book
 import selfimprove_jax.pipelines.entigraph.questions as questions
 import selfimprove_jax.pipelines.entigraph.synthesis as synthesis
 from selfimprove_jax.pipelines.common import benchmarks, initial, planning, text
@@ -38,8 +40,9 @@ def stages(config: Config) -> list[Stage]:
     Stage("sources", sources, c.sources),
     # First, so that a missing file is reported before anything is generated or trained.
     *benchmarks.examples_stages(c.benchmarks),
-    *(_questions(c, name) for name in c.questions.formats),
+    *(_questions(c, f"questions/{name}", name) for name in c.questions.formats),
     Stage("initial", initial.initial, start),
+    *_open_book(c),
     Stage("tokenizer", initial.tokenizer, tokenizer, {"initial": "initial"}),
     text.documents_stage("replay/documents", replay, c.checked_against),
     _rows(c, "replay", c.replay_tokens),
@@ -142,11 +145,30 @@ def _initial_losses(c: Config) -> Stage:
   return Stage("losses/initial", arms.initial_losses, made, inputs, uses_devices=True)
 
 
-def _questions(c: Config, name: str) -> Stage:
+def _questions(c: Config, stage: str, name: str, **inputs: str) -> Stage:
   made = questions.QuestionsStageConfig(
     format=name, num_shots=c.questions.num_shots, num_samples=c.questions.num_samples
   )
-  return Stage(f"questions/{name}", questions.questions, made, {"sources": "sources"})
+  return Stage(stage, questions.questions, made, {"sources": "sources"} | inputs)
+
+
+def _open_book(c: Config) -> list[Stage]:
+  """Returns the stages that make open-book questions; none without passages."""
+  if not c.open_book.num_passages:
+    return []
+  made = open_book.PassagesStageConfig(
+    **vars(c.open_book),
+    mesh=c.questions.mesh,
+    compute=c.questions.compute,
+    engine=c.questions.engine,
+    seed=c.seed,
+  )
+  inputs = {"sources": "sources"} | ({"initial": "initial"} if c.open_book.reranks else {})
+  found = {"passages": "passages"}
+  return [
+    Stage("passages", open_book.passages, made, inputs),
+    *(_questions(c, f"open_questions/{name}", name, **found) for name in c.questions.formats),
+  ]
 
 
 def _answers(c: Config) -> list[Stage]:
@@ -157,16 +179,20 @@ def _answers(c: Config) -> list[Stage]:
     engine=c.questions.engine,
     examples_per_shard=c.questions.examples_per_shard,
   )
+  books = {"answers": "questions"}
+  if c.open_book.num_passages:
+    books["open_answers"] = "open_questions"
   made = []
   for model, stage in models(c).items():
     made += [
       Stage(
-        f"answers/{model}/{name}",
+        f"{answers}/{model}/{name}",
         benchmarks.scores,
         asked,
-        {"checkpoint": stage, "examples": f"questions/{name}"},
+        {"checkpoint": stage, "examples": f"{examples}/{name}"},
         uses_devices=True,
       )
+      for answers, examples in books.items()
       for name in c.questions.formats
     ]
     made += benchmarks.model_stages(

@@ -39,7 +39,7 @@ class QuestionsConfig:
 
 @section
 class QuestionsStageConfig:
-  """Configures the stage `questions/FORMAT`."""
+  """Configures the stages `questions/FORMAT` and `open_questions/FORMAT`."""
 
   format: Format
   num_shots: int
@@ -47,7 +47,7 @@ class QuestionsStageConfig:
 
 
 def questions(context: Context, config: QuestionsStageConfig) -> dict[str, Any]:
-  """Makes the prompts of the test questions in one format.
+  """Makes the prompts of the test questions in one format; open-book if there are passages.
 
   Questions about one document are not independent, so it is their group. If there is only one
   document, each question is its own group: errors then say nothing about other documents.
@@ -56,12 +56,17 @@ def questions(context: Context, config: QuestionsStageConfig) -> dict[str, Any]:
     ValueError: there are fewer than two questions that have what the format needs.
   """
   documents = read_documents(context.inputs["sources"], "test")
+  found = None
+  if "passages" in context.inputs:
+    found = {r["question"]: r["passages"] for r in context.inputs["passages"].records()}
   if config.format == "choices":
-    examples = qa.choice_examples(documents)
+    examples = qa.choice_examples(documents, passages=found)
   elif config.format == "short_answers":
-    examples = qa.short_answer_examples(documents, num_shots=config.num_shots)
+    shots = config.num_shots
+    examples = qa.short_answer_examples(documents, num_shots=shots, passages=found)
   else:
-    examples = qa.cot_examples(documents, num_samples=config.num_samples)
+    samples = config.num_samples
+    examples = qa.cot_examples(documents, num_samples=samples, passages=found)
   made = list(examples)
   if len(made) < 2:
     raise ValueError(

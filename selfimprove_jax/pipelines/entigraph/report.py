@@ -20,6 +20,7 @@ _COLORS: tuple[blocks.Color, ...] = (
   *("blue", "orange", "green", "pink", "purple", "teal", "rust", "sky"),
 )
 _INITIAL = "initial"
+_OPEN = " + passages"
 _METRICS = {
   "choices": qa.CHOICE_METRICS,
   "short_answers": qa.SHORT_ANSWER_METRICS,
@@ -48,6 +49,7 @@ def report(run: Run) -> blocks.Report:
   data = report_parts.run_data(run, stages, made) | _results(config, made)
   sections = [
     blocks.Section("Closed-book questions", _answer_blocks(config, data, made), in_summary=True),
+    blocks.Section("Open-book questions", _open_book_blocks(config, data), in_summary=True),
     blocks.Section("What was forgotten", _forgetting_blocks(config, data), in_summary=True),
     blocks.Section("Corpora and training", _corpus_blocks(config, data), in_summary=True),
     blocks.Section("Synthesis", _synthesis_blocks(data, made)),
@@ -90,6 +92,10 @@ def _results(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
     },
     "benchmarks": _benchmarks(config, made),
   }
+  if "passages" in made:
+    cells = list(itertools.chain(*((m + _OPEN, m) for m in _trainings(config))))
+    data["passages"] = dict(made["passages"].summary)
+    data["open_book"] = _compare(config, made, cells)
   if "raw" in config.arms:
     models = ["raw", *(name for name in config.arms if name != "raw")]
     data["answers_against_raw"] = _compare(config, made, models)
@@ -111,12 +117,18 @@ def _corpus(made: Mapping[str, Artifact], name: str) -> dict[str, Any]:
 
 
 def _compare(config: Config, made: Mapping[str, Artifact], models: list[str]) -> dict[str, Any]:
-  """Compares models on the questions; the first one is the reference."""
+  """Compares models on the questions; the first one is the reference.
+
+  Args:
+    models: "initial" or an arm, closed-book, or "MODEL + passages".
+  """
   found, trainings = benchmark_results.Comparison(models), _trainings(config)
   for name in config.questions.formats:
     records, sizes = {}, {}
     for model in models:
-      stages = [f"answers/{training}/{name}" for training in trainings[model]]
+      named, is_open = model.removesuffix(_OPEN), model.endswith(_OPEN)
+      book = "open_answers" if is_open else "answers"
+      stages = [f"{book}/{training}/{name}" for training in trainings[named]]
       scored = [made[stage] for stage in stages if stage in made]
       if len(scored) == len(stages):
         records[model] = [list(artifact.records()) for artifact in scored]
@@ -209,6 +221,31 @@ def _answer_blocks(
     found.append(blocks.Text("The same models, compared with training on the documents alone:"))
     found += benchmark_results.table(data["answers_against_raw"], raw)[:1]
   return tuple(found)
+
+
+def _open_book_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
+  """Shows the four cells of each arm, and whether it gains something on retrieval alone."""
+  if "open_book" not in data:
+    return ()
+  compared, found = data["open_book"], data["passages"]
+  labels = {model: model for model in compared["evals"] if compared["evals"][model]}
+  if compared["reference"] not in labels:
+    return ()
+  named = [name for name in _HEADLINES if name in config.questions.formats][0]
+  key, sentences = f"{named}/{_HEADLINES[named]}", []
+  for arm in config.arms:
+    change = compared["differences"].get(arm + _OPEN, {}).get(key)
+    if change is not None:
+      low, high = change["interval"]
+      verdict = "holds" if low > 0 else "is refuted" if high < 0 else "is not shown"
+      sentences.append(
+        f"{arm} + passages > passages alone: {verdict} ({key}, difference "
+        f"{formatting.signed(change['value'])}, 95% {formatting.interval((low, high))})."
+      )
+  recall = ", ".join(f"{share:.0%} at {k}" for k, share in found["recall_at_k"].items())
+  about = f"{found['chunks']:,} passages; one of the right document is found for {recall}."
+  table = benchmark_results.table(compared, labels)[:1]
+  return (*map(blocks.Text, (*sentences, about)), *table)
 
 
 def _forgetting_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
