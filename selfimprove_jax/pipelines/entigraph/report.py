@@ -231,7 +231,7 @@ def _open_book_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
   labels = {model: model for model in compared["evals"] if compared["evals"][model]}
   if compared["reference"] not in labels:
     return ()
-  named = [name for name in _HEADLINES if name in config.questions.formats][0]
+  named = next(name for name in _HEADLINES if name in config.questions.formats)
   key, sentences = f"{named}/{_HEADLINES[named]}", []
   for arm in config.arms:
     change = compared["differences"].get(arm + _OPEN, {}).get(key)
