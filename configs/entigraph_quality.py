@@ -7,7 +7,8 @@
 
 paper: the documents themselves, rephrasings and EntiGraph.  rivals: EntiGraph, SPA (arXiv
 2603.22213), Active Reading (2508.09494), and questions and answers with focal rewrites
-(2603.23562), at equal training tokens.
+(2603.23562), at equal training tokens.  scaling: EntiGraph and rephrasings at parts of their
+tokens, two passes each.
 
 The articles and questions are QuALITY v1.0.1's files train and dev, without HTML. The generator is
 an endpoint (extra `endpoint`): its key is in OPENAI_API_KEY. `--dry_run` prints calls, tokens and
@@ -53,10 +54,17 @@ _ARMS = {
     active_reading=_arm(2 * _TOKENS, active_reading=1.0),
     mixed=_arm(2 * _TOKENS, qa=1.0, focal=1.0),
   ),
+  "scaling": {
+    f"{corpus}_{round(1000 * share)}_of_1000": _arm(round(2 * share * tokens), **{corpus: 1.0})
+    | dict(corpus_share=share, curve=corpus)
+    for corpus, tokens in (("entigraph", _TOKENS), ("rephrase", 38 * _M))
+    for share in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+  },
 }
 # Samples per document and prompt, for about as many tokens as EntiGraph has.
 _SYNTHESIS = {
   "paper": dict(rephrase_samples=40),
+  "scaling": dict(rephrase_samples=40),
   "rivals": dict(
     rephrase_styles=("qa",),
     rephrase_samples=300,

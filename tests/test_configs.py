@@ -21,7 +21,7 @@ from selfimprove_jax.runtime.config import page, parse, section, to_json
 _VARIANTS = {
   "sbp_quick": ("quick", "smoke"),
   "cpt_quick": ("quick", "smoke"),
-  "entigraph_quality": ("paper", "rivals"),
+  "entigraph_quality": ("paper", "rivals", "scaling"),
   "entigraph_quick": ("quick", "smoke", "niche"),
   "sbp_3b": ("200b", "1t"),
   "sbp_6b": ("200b", "1t"),
@@ -31,7 +31,7 @@ _VARIANTS = {
 _LAST = {
   "sbp": "arms/sbp",
   "continued_pretraining": "tuned",
-  "entigraph": "arms/entigraph/0",
+  "entigraph": "arms/entigraph",
   "budget_forcing": "responses/parallel",
   "evaluation": "metrics/",
 }

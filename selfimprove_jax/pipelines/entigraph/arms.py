@@ -30,6 +30,7 @@ class ArmConfig:
       scaling curve.
     early_stopping: the corpus on which a validation loss is measured; the step with the lowest is
       the result. None takes the last step.
+    curve: arms with the same name here are joined in the report's scaling curve; empty for none.
   """
 
   corpora: Annotated[dict[Corpus, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -37,6 +38,7 @@ class ArmConfig:
   replay_share: _Share = 0.1
   corpus_share: Annotated[float, Field(gt=0, le=1)] = 1.0
   early_stopping: Corpus | None = None
+  curve: str = ""
 
   def __post_init__(self) -> None:
     if self.early_stopping in self.corpora:
@@ -47,8 +49,14 @@ class ArmConfig:
 
 
 @section
-class ArmStageConfig(ArmConfig):
-  """Configures the stage `arms/NAME/SEED`."""
+class ArmStageConfig:
+  """Configures the stage `arms/NAME/SEED`; the first fields are those of `ArmConfig`."""
+
+  corpora: dict[Corpus, float]
+  target_tokens: int
+  replay_share: float
+  corpus_share: float
+  early_stopping: Corpus | None
 
   model: LlamaConfig
   mesh: MeshConfig

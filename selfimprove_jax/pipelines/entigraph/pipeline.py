@@ -119,8 +119,10 @@ def _rows(c: Config, name: str, num_tokens: int) -> Stage:
 
 
 def _arm(c: Config, name: str, arm: ArmConfig, seed: int) -> Stage:
+  # How an arm is shown leaves its training valid.
+  trained = {name: value for name, value in vars(arm).items() if name != "curve"}
   made = arms.ArmStageConfig(
-    **vars(arm),
+    **trained,
     model=c.model,
     mesh=c.mesh,
     training=c.training,

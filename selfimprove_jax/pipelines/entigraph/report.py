@@ -1,6 +1,7 @@
 """Reports synthetic continued pretraining: what was learned, what was forgotten, and from what."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def report(run: Run) -> blocks.Report:
   data = report_parts.run_data(run, stages, made) | _results(config, made)
   sections = [
     blocks.Section("Closed-book questions", _answer_blocks(config, data, made), in_summary=True),
+    blocks.Section("Scaling", _scaling_blocks(config, data)),
     blocks.Section("Open-book questions", _open_book_blocks(config, data), in_summary=True),
     blocks.Section("What was forgotten", _forgetting_blocks(config, data), in_summary=True),
     blocks.Section("Corpora and training", _corpus_blocks(config, data), in_summary=True),
@@ -174,10 +176,7 @@ def _benchmarks(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
 
 def _sentences(config: Config, data: Mapping[str, Any]) -> str:
   """Says for every arm whether it answers more questions than the initial model."""
-  named = [name for name in _HEADLINES if name in config.questions.formats]
-  if not named:
-    return ""
-  key = f"{named[0]}/{_HEADLINES[named[0]]}"
+  key = _headline(config)
   found, sentences = data["answers"], []
   if key not in found["evals"][_INITIAL]:
     return ""
@@ -223,6 +222,58 @@ def _answer_blocks(
   return tuple(found)
 
 
+def _scaling_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
+  """Plots the headline metric over the synthetic tokens of the arms that form a curve."""
+  key = _headline(config)
+  evals = data["answers"]["evals"]
+  points: dict[str, list[tuple[float, float, float]]] = {}
+  for name, arm in config.arms.items():
+    found = evals[name].get(key)
+    if not arm.curve or found is None or not arm.corpora.keys() <= data["corpora"].keys():
+      continue
+    tokens = sum(data["corpora"][corpus]["tokens"] for corpus in arm.corpora) * arm.corpus_share
+    points.setdefault(arm.curve, []).append((tokens, found["value"], found["stderr"] or 0.0))
+  curves = {name: sorted(found) for name, found in points.items() if len(found) > 1}
+  if not curves:
+    return ()
+  labels = [
+    blocks.Label(name, blocks.Style(color, "circle")) for name, color in zip(curves, _COLORS)
+  ]
+  ends = [math.log10(tokens) for found in curves.values() for tokens, _, _ in found]
+  lines = [
+    blocks.Line(
+      label.style,
+      tuple(math.log10(tokens) for tokens, _, _ in curves[label.text]),
+      tuple(value for _, value, _ in curves[label.text]),
+      half_widths=tuple(error for _, _, error in curves[label.text]),
+      markers="all",
+    )
+    for label in labels
+  ]
+  levels = {
+    "before training": evals[_INITIAL][key]["value"],
+    "chance": evals[_INITIAL][key]["chance"],
+  }
+  retrieved = data.get("open_book", {"evals": {}})["evals"].get(_INITIAL + _OPEN, {}).get(key)
+  levels["before training, with passages"] = retrieved and retrieved["value"]
+  for (name, level), color in zip(levels.items(), ("gray", "silver", "rust")):
+    if level is not None:
+      labels.append(blocks.Label(name, blocks.Style(color)))
+      span = (min(ends), max(ends))
+      lines.append(blocks.Line(labels[-1].style, span, (level, level), dashed=True, markers="none"))
+  plot = blocks.LinePlot(
+    tuple(lines), blocks.Axis("log10 of the tokens of the corpus"), blocks.Axis(key)
+  )
+  caption = f"{key} after training on parts of a corpus; bars are one standard error."
+  return blocks.Legend(tuple(labels)), blocks.Figure("Scaling curve", plot, caption)
+
+
+def _headline(config: Config) -> str:
+  """Returns FORMAT/METRIC of the lead."""
+  name = next(name for name in _HEADLINES if name in config.questions.formats)
+  return f"{name}/{_HEADLINES[name]}"
+
+
 def _open_book_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
   """Shows the four cells of each arm, and whether it gains something on retrieval alone."""
   if "open_book" not in data:
@@ -231,8 +282,7 @@ def _open_book_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
   labels = {model: model for model in compared["evals"] if compared["evals"][model]}
   if compared["reference"] not in labels:
     return ()
-  named = next(name for name in _HEADLINES if name in config.questions.formats)
-  key, sentences = f"{named}/{_HEADLINES[named]}", []
+  key, sentences = _headline(config), []
   for arm in config.arms:
     change = compared["differences"].get(arm + _OPEN, {}).get(key)
     if change is not None:
