@@ -44,6 +44,13 @@ _VERIFY = flags.DEFINE_bool(
   False,
   "First compare all complete artifacts with their checksums; rebuild damaged ones.",
 )
+_RETRY_FAILED = flags.DEFINE_bool(
+  "retry_failed",
+  False,
+  "First reopen the stages (of --stages) with failed calls to a language model. Only these calls "
+  "are made again, as other samples; whatever was made from such a stage, trained models too, is "
+  "made again. Not for a command that is restarted by itself: each start retries anew.",
+)
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite",
   False,
@@ -87,6 +94,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError("--config is missing: for example --config=configs/sbp_quick.py")
   if _OVERWRITE.value and (shows or _DRY_RUN.value):
     raise app.UsageError("--overwrite deletes the run, so it goes with neither show nor --dry_run")
+  if _RETRY_FAILED.value and (shows or _DRY_RUN.value or _OVERWRITE.value):
+    raise app.UsageError("--retry_failed continues a run: not with show, --dry_run or --overwrite")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # orbax logs every file
   run_folder = storage.path(_WORKDIR.value) if _WORKDIR.value else None
@@ -132,6 +141,7 @@ def _run(run_folder: storage.Path) -> None:
       run_folder,
       only=_STAGES.value,
       verify=_VERIFY.value,
+      retry_failed=_RETRY_FAILED.value,
       parallel=config.runtime.parallel_stages,
       progress=Progress(quiet=not distributed.is_main()),
       config=to_json(config),

@@ -27,7 +27,7 @@ _MAX_COMPARED, _MAX_DIFFED, _MAX_DIFFED_CHARACTERS = 20_000, 20, 1000
 _logger = logging.getLogger(__name__)
 
 
-class NotInTranscriptError(LookupError):
+class NotInTranscriptError(ValueError):
   """A request was not recorded."""
 
 

@@ -252,6 +252,16 @@ def clear(folder: storage.Path) -> None:
       storage.remove(path)
 
 
+def unlist(folder: storage.Path, *, forget_inputs: bool) -> None:
+  """Makes an artifact unfinished and its shards mere files; the caller holds its lock.
+
+  Args:
+    forget_inputs: lets the next writer make it from other inputs.
+  """
+  for name in (_MANIFEST, _JOURNAL, *([_CONFIG] if forget_inputs else [])):
+    storage.remove(folder / name)
+
+
 def tidy(folder: str | os.PathLike) -> None:
   """Removes the journal that a process killed right after writing the manifest left."""
   storage.remove(storage.path(folder) / _JOURNAL)

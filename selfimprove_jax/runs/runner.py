@@ -47,6 +47,7 @@ def run(
   *,
   only: Sequence[str] | None = None,
   verify: bool = False,
+  retry_failed: bool = False,
   parallel: int = 1,
   progress: Progress,
   config: Any = None,
@@ -57,6 +58,7 @@ def run(
     stages: in an order in which each stands after those that it reads.
     only: names of stages, or first parts of names; None for all.
     verify: compare complete artifacts with their checksums, not only with their sizes.
+    retry_failed: make the failed records of chosen stages again; what was made from them, too.
     parallel: see `RuntimeConfig`.
     config: JSON value; recorded in the run folder as `config.json`.
 
@@ -72,6 +74,8 @@ def run(
       if verify:
         for stage in stages:
           _verify(stage.name, run_folder / stage.name)
+      if retry_failed:
+        _reopen_failed(stages, chosen, run_folder)
   unfinished = distributed.from_main(
     lambda: [stage.name for stage in chosen if not is_complete(run_folder / stage.name)]
   )
@@ -186,6 +190,39 @@ def _verify(name: str, folder: storage.Path) -> None:
       print(f"{name}: {reason}. The stage will be made again", flush=True)
     for shard in artifacts.repair(folder):
       print(f"{name}: {shard} is damaged and will be made again", flush=True)
+
+
+def _reopen_failed(
+  stages: Sequence[Stage], chosen: Sequence[Stage], run_folder: storage.Path
+) -> None:
+  """Removes failed records, and what was made from their stages; keeps all other records."""
+  failed = {
+    stage.name: number
+    for stage in chosen
+    if stage.failures is not None and (number := stage.failures.count(run_folder / stage.name))
+  }
+  changed = set(failed)
+  for stage in stages:
+    if changed.intersection(stage.inputs.values()):
+      changed.add(stage.name)
+  # From the last to the first: a command that is killed here must not leave a complete artifact of
+  # a stage that reads a reopened one.
+  for stage in reversed(stages):
+    folder = run_folder / stage.name
+    if stage.name not in changed or not folder.exists():
+      continue
+    with storage.lock(folder):
+      if stage.failures is None:
+        artifacts.clear(folder)
+      else:
+        reads_changed = bool(changed.intersection(stage.inputs.values()))
+        artifacts.unlist(folder, forget_inputs=reads_changed)
+        stage.failures.remove(folder)
+    number = failed.get(stage.name)
+    reason = "reads a stage with failures" if number is None else f"{number} failures"
+    print(f"{stage.name}: {reason}; it is opened again", flush=True)
+  if not failed:
+    print("--retry_failed: nothing has failed", flush=True)
 
 
 def _run_processes(todo: Sequence[Stage], run_folder: storage.Path, parallel: int) -> None:

@@ -67,6 +67,20 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Failures:
+  """Finds and removes the failed records of a stage, so that `--retry_failed` makes them again.
+
+  Attributes:
+    count: folder -> number of failed records, whether the artifact is complete or not.
+    remove: turns the files of an unlisted artifact into those of an unfinished one, which the
+      stage's function completes by the records that are missing.
+  """
+
+  count: Callable[[storage.Path], int]
+  remove: Callable[[storage.Path], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
   """Describes one step of a pipeline, which produces one artifact.
 
@@ -78,6 +92,7 @@ class Stage:
     inputs: role -> name of the stage that makes it.
     plan: what the stage costs.
     uses_devices: every process of a pod job runs the stage, not the main process alone.
+    failures: for a stage whose records may fail; both functions must be those of a module.
   """
 
   name: str
@@ -86,6 +101,7 @@ class Stage:
   inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
   plan: Plan = Plan()
   uses_devices: bool = False
+  failures: Failures | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,8 @@ class CorporaConfig:
 
   Attributes:
     max_piece_chars: source documents are cut at paragraphs into pieces of at most this, each with
-      the title before it; None leaves them whole. Synthetic texts are never cut.
+      the title before it; None leaves them whole. Longer paragraphs and synthetic texts are not
+      cut.
     max_tokens_per_document: synthetic tokens of a corpus per source document, as the generator
       counts them; None takes all.
     batch_documents: texts to tokenize at a time.
@@ -106,6 +107,11 @@ class Config:
       raise ValueError(f"model.dropout_rate={self.model.dropout_rate} must be 0: arms have none")
     self.benchmarks.check_length(self.seq_len)
     for name, arm in self.arms.items():
+      if name == "initial" or not name or set(name) & set("/ "):
+        raise ValueError(
+          f"arms.{name}: an arm needs a name without slashes and spaces, other than initial, which "
+          f"is the model before training"
+        )
       planning.check_has_steps(
         f"arms.{name}.target_tokens", arm.target_tokens, self.training, self.seq_len
       )

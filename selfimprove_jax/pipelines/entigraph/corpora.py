@@ -42,7 +42,7 @@ class CorpusStageConfig:
 
   Attributes:
     max_piece_chars: a source document is cut at paragraphs into pieces of at most this, each with
-      the title before it; None leaves it whole. Synthetic texts are never cut.
+      the title before it; None leaves it whole. Longer paragraphs and synthetic texts are not cut.
     max_tokens_per_document: takes a document's synthetic texts in order up to about this; None
       takes all.
   """
@@ -118,8 +118,8 @@ def pieces(document: SourceDocument, max_chars: int | None) -> list[str]:
 
 
 def _synthetic(context: Context, config: CorpusStageConfig) -> Iterator[Document]:
+  spent: dict[str, int] = {}
   for step in STEPS[config.corpus]:
-    spent: dict[str, int] = {}
     for record in context.inputs[step].records():
       document = record["document"]
       if "failure" in record or not _belongs(record["kind"], config.corpus):

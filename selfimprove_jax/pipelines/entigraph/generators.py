@@ -145,7 +145,8 @@ def _recorded_texts(folder: str, documents: Container[str]) -> Iterator[tuple[Un
   root = pathlib.Path(folder)
   if not root.is_dir():
     raise ValueError(f"generator.folder={folder!r} is not a folder")
-  for subfolder in sorted(path for path in root.iterdir() if path.is_dir()):
+  folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+  for subfolder in sorted(folders):
     yield from (item for item in recorded.read_recorded(subfolder) if item[0].document in documents)
 
 

@@ -88,8 +88,15 @@ def _texts(c: Config, step: str) -> Stage:
     step=step, generator=c.generator, synthesis=c.synthesis, seed=c.seed
   )
   names = ("sources", "generator", *_STEP_INPUTS.get(step, ()))
-  uses_devices = c.generator.kind == "local"
-  return Stage(step, synthesis.texts, made, {n: n for n in names}, uses_devices=uses_devices)
+  return Stage(
+    step,
+    synthesis.texts,
+    made,
+    {n: n for n in names},
+    uses_devices=c.generator.kind == "local",
+    # Replayed texts would fail again.
+    failures=synthesis.FAILURES if c.generator.kind in ("local", "endpoint") else None,
+  )
 
 
 def _corpus(c: Config, name: str) -> list[Stage]:
