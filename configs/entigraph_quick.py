@@ -64,7 +64,7 @@ def _arm(target_tokens: int, replay_share: float = 0.1, **corpora: float) -> dic
 
 
 def _arms(variant: str) -> dict[str, Any]:
-  tokens = {"smoke": 600, "niche": 36_000}.get(variant, 24_000)
+  tokens = 600 if variant == "smoke" else 24_000
   if variant == "replay":
     return {
       f"replay_{round(100 * share)}_percent": _arm(tokens, share, entigraph=1.0)
