@@ -13,6 +13,7 @@ from selfimprove_jax.evaluation.statistics import Estimate
 from selfimprove_jax.pipelines.common import benchmark_results, report_parts
 from selfimprove_jax.pipelines.entigraph.config import Config
 from selfimprove_jax.pipelines.entigraph.corpora import STEPS
+from selfimprove_jax.pipelines.entigraph.sources import read_documents
 from selfimprove_jax.report import blocks, formatting
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Run
@@ -22,6 +23,11 @@ _COLORS: tuple[blocks.Color, ...] = (
 )
 _INITIAL = "initial"
 _OPEN = " + passages"
+_MEASURES = {
+  "choices": qa.choice_metrics,
+  "short_answers": qa.short_answer_metrics,
+  "chain_of_thought": qa.cot_metrics,
+}
 _METRICS = {
   "choices": qa.CHOICE_METRICS,
   "short_answers": qa.SHORT_ANSWER_METRICS,
@@ -85,6 +91,7 @@ def _results(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
   keys = ("steps_made", "step", "tokens", "targets", "flops", "passes")
   data: dict[str, Any] = {
     "answers": _compare(config, made, list(_trainings(config))),
+    "subsets": _subsets(config, made),
     "arms": {name: {key: arm.summary[key] for key in keys} for name, arm in arms.items()},
     "corpora": {name: _corpus(made, name) for name in names},
     "synthesis": {step: dict(made[step].summary) for step in steps},
@@ -128,15 +135,35 @@ def _compare(config: Config, made: Mapping[str, Artifact], models: list[str]) ->
   for name in config.questions.formats:
     records, sizes = {}, {}
     for model in models:
-      named, is_open = model.removesuffix(_OPEN), model.endswith(_OPEN)
-      book = "open_answers" if is_open else "answers"
-      stages = [f"{book}/{training}/{name}" for training in trainings[named]]
-      scored = [made[stage] for stage in stages if stage in made]
-      if len(scored) == len(stages):
-        records[model] = [list(artifact.records()) for artifact in scored]
-        sizes[model] = {key: scored[0].summary[key] for key in ("examples", "truncated")}
+      book = "open_answers" if model.endswith(_OPEN) else "answers"
+      stages = [f"{book}/{training}/{name}" for training in trainings[model.removesuffix(_OPEN)]]
+      if all(stage in made for stage in stages):
+        records[model] = [list(made[stage].records()) for stage in stages]
+        summary = made[stages[0]].summary
+        sizes[model] = {key: summary[key] for key in ("examples", "truncated")}
     found.add(name, _METRICS[name], records, sizes)
   return found.to_dict()
+
+
+def _subsets(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
+  """Returns FORMAT/METRIC -> kind of question -> model -> estimate, of the headline metrics."""
+  if "sources" not in made:
+    return {}
+  documents, found = read_documents(made["sources"], "test"), {}
+  for name in config.questions.formats:
+    of_format: dict[str, dict[str, Any]] = {}
+    for model, trainings in _trainings(config).items():
+      stages = [f"answers/{training}/{name}" for training in trainings]
+      if not all(stage in made for stage in stages):
+        continue
+      records = [list(made[stage].records()) for stage in stages]
+      measured = qa.by_subset(_MEASURES[name], documents, *records)
+      for subset, metrics in measured.items():
+        estimate = metrics[_HEADLINES[name]].estimate.to_dict()
+        of_format.setdefault(subset, {})[model] = estimate
+    if len(of_format) > 1:
+      found[f"{name}/{_HEADLINES[name]}"] = of_format
+  return found
 
 
 def _replay_losses(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -214,6 +241,18 @@ def _answer_blocks(
       "about other documents."
     )
   found.append(blocks.Text(about))
+  rows = [
+    {"questions": f"{formatting.words(subset)}, {key}"}
+    | {
+      label: report_parts.estimate(by_model[model], form="percent") if model in by_model else None
+      for model, label in labels.items()
+    }
+    for key, of_format in data["subsets"].items()
+    for subset, by_model in of_format.items()
+    if subset != "all"
+  ]
+  if rows:
+    found += [blocks.Text("By kind of question:"), blocks.table(rows, text=("questions",))]
   if len(config.arms) > 1 and "answers_against_raw" in data:
     raw = {name: label for name, label in labels.items() if name != _INITIAL}
     raw = {"raw": raw.pop("raw"), **raw}
