@@ -134,8 +134,8 @@ def values(niche, replay, checkpoint) -> dict[str, Any]:
   arm = dict(target_tokens=900, replay_share=0.25)
   c["arms"] = {
     "raw": arm | {"corpora": {"raw": 1.0}},
-    "entigraph": arm | {"corpora": {"entigraph": 1.0}},
-    "half": arm | {"corpora": {"entigraph": 1.0}, "corpus_share": 0.5},
+    "entigraph": arm | {"corpora": {"entigraph": 1.0}, "curve": "entigraph"},
+    "half": arm | {"corpora": {"entigraph": 1.0}, "corpus_share": 0.5, "curve": "entigraph"},
     "stopped": arm | {"corpora": {"raw": 1.0}, "early_stopping": "rephrase"},
   }
   c["model"] = dict(
