@@ -156,6 +156,18 @@ def test_overwrite_goes_with_runs_only(toy, argument):
     toy("--overwrite", argument)
 
 
+def test_retry_failed_of_a_run_without_failures_says_so_and_continues(toy):
+  code, told = toy("--retry_failed")
+  assert code == 0, told
+  assert "--retry_failed: nothing has failed" in told
+
+
+@pytest.mark.parametrize("argument", ["show", "--dry_run", "--overwrite"])
+def test_retry_failed_goes_with_runs_only(toy, argument):
+  with pytest.raises(app.UsageError, match="--retry_failed continues a run"):
+    toy("--retry_failed", argument)
+
+
 def test_another_title_refuses_nothing_and_is_in_the_report(toy):
   assert toy()[0] == 0
   code, told = toy("--config.title=Another")
