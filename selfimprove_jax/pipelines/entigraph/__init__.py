@@ -2,6 +2,7 @@
 
 from selfimprove_jax.pipelines.entigraph.config import Config
 from selfimprove_jax.pipelines.entigraph.pipeline import stages
+from selfimprove_jax.pipelines.entigraph.preview import preview
 from selfimprove_jax.pipelines.entigraph.report import report
 
-__all__ = ["Config", "report", "stages"]
+__all__ = ["Config", "preview", "report", "stages"]

@@ -127,7 +127,7 @@ def write_transcript(context: Context, config: RecordedStageConfig) -> dict[str,
     with context.writer.shard(_TRANSCRIPT) as (path, counts):
       counts["records"] = recorded.write_transcript(
         path,
-        _recorded_texts(config.folder, {document.id for document in documents}),
+        recorded_texts(config.folder, {document.id for document in documents}),
         synthesizer.make_request,
         config.name,
       )
@@ -140,7 +140,7 @@ def write_transcript(context: Context, config: RecordedStageConfig) -> dict[str,
   return {"texts": num_texts, "model": config.name}
 
 
-def _recorded_texts(folder: str, documents: Container[str]) -> Iterator[tuple[Unit, str]]:
+def recorded_texts(folder: str, documents: Container[str]) -> Iterator[tuple[Unit, str]]:
   """Yields the recorded texts about some documents."""
   root = pathlib.Path(folder)
   if not root.is_dir():

@@ -9,11 +9,13 @@ import pytest
 
 from configs import entigraph_quick
 from selfimprove_jax.pipelines import entigraph
+from selfimprove_jax.pipelines.common import endpoints
 from selfimprove_jax.runs import runner
 from selfimprove_jax.runtime.config import parse, to_json
 from selfimprove_jax.runtime.partitioning import MeshConfig
 from selfimprove_jax.runtime.progress import Progress
 from tests.evaluation import tiny_model
+from tests.language_models.conftest import Server
 
 ENTITIES = {"mill": ["the mill", "Ada Orn", "the river Tove"], "moth": ["the moth", "the lamp"]}
 _TEXTS = {
@@ -202,3 +204,25 @@ def finished(values, run, tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("run")
   run(values, folder)
   return folder
+
+
+@pytest.fixture
+def closed_models(monkeypatch):
+  """Closes the endpoints that a test opened; yields a function that forgets them."""
+  models, connect = [], endpoints.connect
+  monkeypatch.setattr(
+    endpoints, "connect", lambda *arguments: models.append(connect(*arguments)) or models[-1]
+  )
+  yield connect.cache_clear
+  connect.cache_clear()
+  for model in set(models):
+    model.close()
+    model.store.close()
+
+
+@pytest.fixture
+def server(closed_models):
+  """An endpoint whose replies a test sets; see writer.py."""
+  server = Server()
+  yield server
+  server.close()

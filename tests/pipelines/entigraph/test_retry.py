@@ -6,33 +6,10 @@ import re
 import pytest
 
 from selfimprove_jax.pipelines import entigraph
-from selfimprove_jax.pipelines.common import endpoints
 from selfimprove_jax.runs import artifacts
-from tests.language_models.conftest import Server
 from tests.pipelines.entigraph import writer
 
 _TO_ROWS = [*writer.STAGES, "initial", "tokenizer", "corpora"]
-
-
-@pytest.fixture
-def server():
-  server = Server()
-  yield server
-  server.close()
-
-
-@pytest.fixture(autouse=True)
-def closed_models(monkeypatch):
-  """Closes the endpoints that a test opened; yields a function that forgets them."""
-  models, connect = [], endpoints.connect
-  monkeypatch.setattr(
-    endpoints, "connect", lambda *arguments: models.append(connect(*arguments)) or models[-1]
-  )
-  yield connect.cache_clear
-  connect.cache_clear()
-  for model in set(models):
-    model.close()
-    model.store.close()
 
 
 @pytest.fixture
