@@ -26,6 +26,8 @@ from selfimprove_jax.synthesis.records import GenerationConfig
 from selfimprove_jax.synthesis.synthesizer import Synthesizer
 from selfimprove_jax.synthesis.units import BudgetConfig, Unit
 
+_LIST_STEPS = ("entities", "strategies")  # with one call per document
+_DOCUMENTS_PER_LIST_SHARD = 64
 # Number of failed attempts of each unit that `--retry_failed` asks for again.
 _TRIED = ".tried.json"
 _LOG = ".{}.unfinished"
@@ -44,7 +46,8 @@ class SynthesisConfig:
     spa_samples: texts per document and prompt of SPA (arXiv 2603.22213); 0 for none.
     active_reading_samples: texts per study strategy (Active Reading, arXiv 2508.09494).
     focal_samples: texts per question (focal rewriting, arXiv 2603.23562).
-    documents_per_shard: documents per file. Within a file, a finished call is never repeated.
+    documents_per_shard: documents per file, whose calls are made at the same time; at least 64 in
+      steps with one call per document. Within a file, a finished call is never repeated.
   """
 
   prompts: Literal["default", "small"] = "default"
@@ -82,6 +85,8 @@ def texts(context: Context, config: TextsStageConfig) -> dict[str, Any]:
   """
   documents = read_documents(context.inputs["sources"])
   size = config.synthesis.documents_per_shard
+  if config.step in _LIST_STEPS:
+    size = max(size, _DOCUMENTS_PER_LIST_SHARD)
   make_units = _unit_maker(context, config)
   budget = config.synthesis.relations if config.step == "relations" else BudgetConfig()
   available = recorded_ids(config.generator, context.inputs["generator"])
