@@ -1,11 +1,13 @@
 """Stages that turn source documents and synthetic texts into corpora to train on."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from selfimprove_jax.data import shingles
 from selfimprove_jax.data.corpora import Document
 from selfimprove_jax.data.decontamination import (
   DecontaminationConfig,
@@ -17,8 +19,10 @@ from selfimprove_jax.data.sources import SourceDocument
 from selfimprove_jax.data.split import SplitConfig
 from selfimprove_jax.pipelines.common import text
 from selfimprove_jax.pipelines.entigraph.sources import read_documents
+from selfimprove_jax.retrieval.embedding import TextEmbeddingConfig, text_embedder
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section
+from selfimprove_jax.synthesis.diversity import measure
 
 Corpus = Literal["raw", "entigraph", "rephrase", "qa", "spa", "active_reading", "focal"]
 
@@ -33,6 +37,7 @@ STEPS: dict[str, tuple[str, ...]] = {
 }
 """The steps of the synthesis whose records make a corpus."""
 
+_LEAST_WORDS = 1000  # fewer tell nothing of a corpus
 _PARAGRAPH = re.compile(r"\n\s*\n")
 
 
@@ -137,3 +142,49 @@ def _belongs(kind: str, corpus: str) -> bool:
   if corpus in ("rephrase", "qa"):
     return (kind == "rephrase/qa") == (corpus == "qa")
   return True
+
+
+@section
+class DiversityStageConfig:
+  """Configures the stage `diversity`.
+
+  Attributes:
+    max_words: of each corpus, drawn at random; fewer if a corpus is smaller.
+    embedding: for the distances between texts; fitted on those of all corpora.
+  """
+
+  max_words: Annotated[int, Field(ge=1)]
+  embedding: TextEmbeddingConfig
+  seed: int
+
+
+def diversity(context: Context, config: DiversityStageConfig) -> dict[str, Any]:
+  """Measures the diversity of synthetic corpora at equal numbers of words.
+
+  Returns:
+    `num_words`, and by corpus the measures of `synthesis.diversity.measure`; none if a corpus has
+    too few words.
+  """
+  documents = {d.id: d.text for d in read_documents(context.inputs["sources"])}
+  texts = {
+    name: [(r["group"], r["text"]) for r in text.split_records(artifact, "train")]
+    for name, artifact in context.inputs.items()
+    if name != "sources"
+  }
+  words = {
+    name: sum(len(shingles.words(written)) for _, written in found) for name, found in texts.items()
+  }
+  num_words = min(config.max_words, *words.values())
+  if num_words < _LEAST_WORDS:
+    return {"num_words": num_words, "corpora": {}}
+  everything = [written for found in texts.values() for _, written in found]
+  embed = text_embedder(config.embedding, everything, seed=config.seed)
+  options = {"num_words": num_words, "seed": config.seed, "embed": embed}
+  measured = {name: measure(found, documents, **options) for name, found in texts.items()}
+  return {
+    "num_words": num_words,
+    "corpora": {
+      name: {key: value if math.isfinite(value) else None for key, value in found.items()}
+      for name, found in measured.items()
+    },
+  }

@@ -27,6 +27,7 @@ from selfimprove_jax.pipelines.entigraph.sources import sources
 from selfimprove_jax.runs.stage import Stage
 
 _ALL = 10**15  # tokens: a corpus is used whole
+_DIVERSITY_WORDS = 200_000
 _STEP_INPUTS = {"relations": ("entities",), "active_reading": ("strategies",)}
 
 
@@ -49,6 +50,7 @@ def stages(config: Config) -> list[Stage]:
     generator_stage(c.generator, c.synthesis.prompts, c.synthesis.generation),
     *(_texts(c, step) for step in _steps(c)),
     *itertools.chain.from_iterable(_corpus(c, name) for name in corpora_names(c)),
+    *_diversity(c),
     _initial_losses(c),
     *(_arm(c, name, arm, seed) for seed in c.training_seeds for name, arm in c.arms.items()),
     *_answers(c),
@@ -110,6 +112,17 @@ def _corpus(c: Config, name: str) -> list[Stage]:
   inputs = {step: step for step in ("sources", *corpora.STEPS[name])}
   documents = Stage(f"corpora/{name}/documents", corpora.documents, made, inputs)
   return [documents, _rows(c, f"corpora/{name}", _ALL)]
+
+
+def _diversity(c: Config) -> list[Stage]:
+  names = [name for name in corpora_names(c) if name != "raw"]
+  if not names:
+    return []
+  made = corpora.DiversityStageConfig(
+    max_words=_DIVERSITY_WORDS, embedding=c.open_book.rag.embedding, seed=c.seed
+  )
+  inputs = {"sources": "sources"} | {name: f"corpora/{name}/documents" for name in names}
+  return [Stage("diversity", corpora.diversity, made, inputs)]
 
 
 def _rows(c: Config, name: str, num_tokens: int) -> Stage:

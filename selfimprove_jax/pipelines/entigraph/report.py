@@ -17,6 +17,7 @@ from selfimprove_jax.pipelines.entigraph.sources import read_documents
 from selfimprove_jax.report import blocks, formatting
 from selfimprove_jax.runs.artifacts import Artifact
 from selfimprove_jax.runs.stage import Run
+from selfimprove_jax.synthesis import diversity
 
 _COLORS: tuple[blocks.Color, ...] = (
   *("blue", "orange", "green", "pink", "purple", "teal", "rust", "sky"),
@@ -45,11 +46,12 @@ _NUM_ANSWERS = 8
 def report(run: Run) -> blocks.Report:
   """Reports a finished run, or the complete artifacts of an unfinished one.
 
-  `data` holds the keys of `report_parts.run_data` and, once their stages are complete, `answers`
-  and `answers_against_raw` (the form of `benchmark_results.compare_models`, with FORMAT for TASK),
-  `replay` (the held-out loss on replay by model, and its change), `arms`, `corpora`, `synthesis`,
-  `benchmarks` and `decontamination`. Errors are over source documents, or over questions if there
-  is one document. With several training seeds, a question counts with its mean over them.
+  `data` holds the keys of `report_parts.run_data` and, once their stages are complete: `answers`,
+  `answers_against_raw` and `open_book` (the form of `benchmark_results.compare_models`, with FORMAT
+  for TASK), `subsets`, `passages`, `replay` (the held-out loss on replay by model, and its change),
+  `arms`, `corpora`, `diversity`, `synthesis`, `benchmarks` and `decontamination`. Errors are over
+  source documents, or over questions if there is one document. With several training seeds, a
+  question counts with its mean over them.
   """
   config, stages = run.config, entigraph.stages(run.config)
   made = report_parts.complete_artifacts(run, stages)
@@ -91,6 +93,7 @@ def _results(config: Config, made: Mapping[str, Artifact]) -> dict[str, Any]:
   keys = ("steps_made", "step", "tokens", "targets", "flops", "passes")
   data: dict[str, Any] = {
     "answers": _compare(config, made, list(_trainings(config))),
+    "diversity": made["diversity"].summary if "diversity" in made else {"corpora": {}},
     "subsets": _subsets(config, made),
     "arms": {name: {key: arm.summary[key] for key in keys} for name, arm in arms.items()},
     "corpora": {name: _corpus(made, name) for name in names},
@@ -386,6 +389,27 @@ def _corpus_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
     )
   if rows:
     made.append(blocks.table(rows, text=("arm", "passes"), page_only=("FLOPs",)))
+  if measured := data["diversity"]["corpora"]:
+    rows = [
+      {
+        "corpus": name,
+        **{
+          f"{size}-grams of the source": blocks.Number(
+            found[f"source_overlap_{size}"], form="percent", digits=2
+          )
+          for size in diversity.OVERLAP_SIZES
+        },
+        "distinct 4-grams per 10,000": blocks.Number(
+          found["distinct_4grams"], found["distinct_4grams_stderr"], form="fixed", digits=0
+        ),
+        "compression": blocks.Number(found["compression_ratio"], digits=2),
+        "embedding distance": blocks.Number(found["embedding_distance"], digits=3),
+      }
+      for name, found in measured.items()
+    ]
+    about = f"Diversity, of {data['diversity']['num_words']:,} words of each synthetic corpus:"
+    hidden = [f"{size}-grams of the source" for size in (2, 16)]
+    made += [blocks.Text(about), blocks.table(rows, text=("corpus",), page_only=hidden)]
   repeated = {n: c["repeated"] for n, c in data["corpora"].items() if c["repeated"]}
   made += [
     blocks.Text(f"{number:,} texts of the corpus {name} were dropped: others have the same text.")
