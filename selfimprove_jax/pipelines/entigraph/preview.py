@@ -29,9 +29,13 @@ def preview(config: Config) -> str:
   allowed.
 
   Raises:
-    ValueError: like the stage `sources`, or the recorded texts cannot be read.
+    ValueError: the recorded texts cannot be read.
   """
-  documents = read_sources(config.sources.documents)
+  try:
+    documents = read_sources(config.sources.documents)
+  except (ValueError, OSError) as error:
+    # A plan needs none of the files, which may be on another machine.
+    return f"\n== synthesis: calls are not counted, since the sources are not here: {error}"
   steps = [
     stage.config.step
     for stage in pipeline.stages(config)

@@ -97,3 +97,10 @@ def test_the_bar_shows_dollars_spent_and_in_all(priced, run, server, tmp_path):
   assert re.match(r"rephrasings  1/8 texts  12%  .*USD 0\.02  USD in all 0\.16 ", lines[0])
   assert re.match(r"rephrasings  8/8 texts  100%  .*USD 0\.16  USD in all 0\.16 ", lines[-1])
   assert artifacts.open_artifact(tmp_path / "run" / "rephrasings").summary["usd"] == 0.16
+
+
+def test_a_plan_without_the_source_files_says_what_is_missing(changed):
+  page = changed(sources__documents__folder="elsewhere/niche")
+  told = entigraph.preview(parse(entigraph.Config, page))
+  assert "calls are not counted" in told
+  assert "elsewhere/niche" in told
