@@ -41,7 +41,8 @@ class SynthesisConfig:
 
   Attributes:
     prompts: the set of prompts: "default", or "small" for generators below a billion parameters.
-    relations: limits of EntiGraph's texts: all pairs of entities, then triplets.
+    relations: limits of EntiGraph's texts: all pairs of entities, then triplets. Every document has
+      an equal share of the tokens and dollars, and one that leaves some unspent passes none on.
     rephrase_styles, rephrase_samples: rephrasings per document and style.
     spa_samples: texts per document and prompt of SPA (arXiv 2603.22213); 0 for none.
     active_reading_samples: texts per study strategy (Active Reading, arXiv 2508.09494).
@@ -96,7 +97,6 @@ def texts(context: Context, config: TextsStageConfig) -> dict[str, Any]:
     shards = context.shards(
       math.ceil(len(documents) / size),
       count=_counts,
-      enough=lambda totals: budget.is_spent(**_spent(totals)),
       on_made_elsewhere=lambda counts: meter.add(counts["records"], counts["micro_usd"] / 1e6),
     )
 
@@ -107,17 +107,17 @@ def texts(context: Context, config: TextsStageConfig) -> dict[str, Any]:
     answer = None  # made for the first shard: a finished artifact opens no model
     for index in shards:
       answer = answer or _answerer(context, config, documents, on_reply)
-      asked = itertools.chain.from_iterable(
-        units.within(_available(make_units(document), available), budget)
-        for document in documents[index * size : (index + 1) * size]
+      of_shard = documents[index * size : (index + 1) * size]
+      asked = _in_order(
+        (units.within(_available(make_units(d), available), budget) for d in of_shard), budget
       )
       path = context.folder / shards.name(index)
       for record in calls.read_records(_log_of(path)):
         meter.add(1, record.get("cost_usd", 0.0))
-      answer(asked, path, _rest(budget, shards.totals))
+      answer(asked, path, _share(budget, len(of_shard) / len(documents)))
   totals = shards.totals
   names = ("records", "failed", "prompt_tokens", "completion_tokens")
-  usd = {"usd": _spent(totals)["usd"]}
+  usd = {"usd": totals["micro_usd"] / 1e6}
   return {name: totals[name] for name in names} | usd
 
 
@@ -145,19 +145,21 @@ def _available(found: Iterable[Unit], ids: Container[str] | None) -> Iterator[Un
   return (unit for unit in found if ids is None or unit.id in ids)
 
 
-def _rest(budget: BudgetConfig, totals: Mapping[str, int]) -> BudgetConfig:
-  """Returns what is left of a budget after earlier shards."""
-  spent = _spent(totals)
+def _in_order(of_documents: Iterable[Iterator[Unit]], budget: BudgetConfig) -> Iterator[Unit]:
+  """Chains the units of documents, or takes them in turn if a budget may end before the last."""
+  if budget.max_tokens is None and budget.max_usd is None:
+    return itertools.chain.from_iterable(of_documents)
+  return units.interleaved(of_documents)
+
+
+def _share(budget: BudgetConfig, share: float) -> BudgetConfig:
+  """Returns a part of a budget, which does not depend on what other parts leave unspent."""
   tokens, usd = budget.max_tokens, budget.max_usd
   return dataclasses.replace(
     budget,
-    max_tokens=None if tokens is None else tokens - spent["tokens"],
-    max_usd=None if usd is None else usd - spent["usd"],
+    max_tokens=None if tokens is None else max(1, round(tokens * share)),
+    max_usd=None if usd is None else usd * share,
   )
-
-
-def _spent(totals: Mapping[str, int]) -> dict[str, Any]:
-  return {"tokens": totals["completion_tokens"], "usd": totals["micro_usd"] / 1e6}
 
 
 def _counts(record: Mapping[str, Any]) -> dict[str, int]:

@@ -168,6 +168,21 @@ def test_a_limit_of_tokens_holds_for_all_texts_about_a_document(run, changed, tm
   assert len(_texts(tmp_path, "raw")) == 5
 
 
+def test_every_document_has_an_equal_share_of_a_budget_of_tokens(run, changed, tmp_path):
+  folders = tmp_path / "all", tmp_path / "some"
+  for folder, tokens in zip(folders, (None, 40)):
+    limits = {"max_texts_per_document": None, "max_tokens": tokens, "max_usd": None}
+    run(changed(synthesis__relations=limits), folder, _SYNTHESIS[:-1])
+  whole, cut = (_records(folder, "relations") for folder in folders)
+  for document in ("mill", "moth"):
+    tokens = [r["usage"]["completion_tokens"] for r in whole if r["document"] == document]
+    expected = next(
+      n for n in range(1, len(tokens) + 1) if sum(tokens[:n]) >= 20 or n == len(tokens)
+    )
+    assert len([r for r in cut if r["document"] == document]) == expected
+  assert len(cut) < len(whole)
+
+
 def test_a_budget_of_texts_counts_those_that_are_recorded(run, changed, niche, tmp_path):
   folder = tmp_path / "niche"
   shutil.copytree(niche, folder)
