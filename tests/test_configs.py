@@ -27,6 +27,7 @@ _VARIANTS = {
   "sbp_6b": ("200b", "1t"),
   "budget_forcing": ("default", "s1", "quick", "smoke"),
   "evaluation": ("sbp", "closed_book", "math"),
+  "sft": ("chat", "s1", "smoke"),
 }
 _LAST = {
   "sbp": "arms/sbp",
@@ -34,6 +35,7 @@ _LAST = {
   "entigraph": "losses/initial",
   "budget_forcing": "responses/parallel",
   "evaluation": "metrics/",
+  "instruction_tuning": "tuned",
 }
 _CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 

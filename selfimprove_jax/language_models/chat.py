@@ -194,6 +194,18 @@ class _Encoder:
     return token in self._control_ids
 
 
+def encode_markup(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Returns the ids of a text in which special tokens are recognized; not for users' texts."""
+  backend = tokenizer.backend
+  special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+  ids: list[int] = []
+  position = 0
+  for match in any_of(special).finditer(text):
+    ids += [*tokenizer.encode(text[position : match.start()]), backend.token_to_id(match[0])]
+    position = match.end()
+  return ids + tokenizer.encode(text[position:])
+
+
 def any_of(texts: Sequence[str] | set[str]) -> re.Pattern[str]:
   """Returns a pattern that matches any of some texts, and the longest one at each position."""
   longest_first = sorted(texts, key=len, reverse=True)

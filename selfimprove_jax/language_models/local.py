@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from selfimprove_jax.data.tokenizer import Tokenizer, make_tokenizer
 from selfimprove_jax.language_models import structured
-from selfimprove_jax.language_models.chat import PLAIN, ChatTemplate, any_of
+from selfimprove_jax.language_models.chat import PLAIN, ChatTemplate, encode_markup
 from selfimprove_jax.language_models.protocol import (
   Prompt,
   Reply,
@@ -168,14 +168,7 @@ class LocalModel:
 
   def encode_markup(self, text: str) -> list[int]:
     """Returns the ids of a text in which special tokens are recognized; not for users' texts."""
-    backend = self.tokenizer.backend
-    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    ids: list[int] = []
-    position = 0
-    for match in any_of(special).finditer(text):
-      ids += [*self.tokenizer.encode(text[position : match.start()]), backend.token_to_id(match[0])]
-      position = match.end()
-    return ids + self.tokenizer.encode(text[position:])
+    return encode_markup(self.tokenizer, text)
 
   def _submit(self, request: TextRequest) -> tuple[TextRequest, int, int | Reply]:
     try:

@@ -18,10 +18,10 @@ GENERATION_FILE = "generation_config.json"
 _MODEL_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS_MAP = "special_tokens_map.json"
-_TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 _FILES = (
   *(*_MODEL_FILES, "merges.txt", "added_tokens.json"),
-  *(_SPECIAL_TOKENS_MAP, _TOKENIZER_CONFIG, _TEMPLATE_FILE),
+  *(_SPECIAL_TOKENS_MAP, _TOKENIZER_CONFIG, TEMPLATE_FILE),
 )
 _SPECIAL = (
   *("bos_token", "eos_token", "sep_token", "pad_token"),
@@ -112,8 +112,8 @@ def _read(folder: pathlib.Path, *, begins_with_bos: bool) -> TokenizerFiles:
   template = config.get("chat_template")
   if isinstance(template, list):  # several templates with names
     template = {entry["name"]: entry["template"] for entry in template}.get("default")
-  if (folder / _TEMPLATE_FILE).exists():
-    template = (folder / _TEMPLATE_FILE).read_text(encoding="utf-8")
+  if (folder / TEMPLATE_FILE).exists():
+    template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
   if template is not None and not isinstance(template, str):
     raise ValueError(f"chat_template={template!r} must be a text")
   if begins_with_bos and "bos_token" in special:
@@ -155,7 +155,7 @@ def write_tokenizer(files: TokenizerFiles, folder: str | os.PathLike) -> None:
   config_text = json.dumps(config, indent=1, sort_keys=True) + "\n"
   (folder / _TOKENIZER_CONFIG).write_text(config_text, encoding="utf-8")
   if files.chat_template is not None:
-    (folder / _TEMPLATE_FILE).write_text(files.chat_template, encoding="utf-8")
+    (folder / TEMPLATE_FILE).write_text(files.chat_template, encoding="utf-8")
 
 
 def _read_if_exists(path: pathlib.Path) -> dict[str, Any]:

@@ -29,11 +29,13 @@ def check_holds_out(path: str, split: SplitConfig) -> None:
       )
 
 
-def check_validates(path: str, split: SplitConfig, trainings: Mapping[str, TrainingConfig]) -> None:
+def check_validates(
+  path: str, validation_fraction: float, trainings: Mapping[str, TrainingConfig]
+) -> None:
   """Raises ValueError if a training may stop early and there is no validation split to tell."""
   for name, training in trainings.items():
     for knob in ("patience", "stop_at_loss"):
-      if getattr(training, knob) is not None and not split.validation_fraction:
+      if getattr(training, knob) is not None and not validation_fraction:
         raise ValueError(
           f"{name}.{knob}={getattr(training, knob)} needs a validation loss: set it to None, or "
           f"{path}.validation_fraction above 0"

@@ -9,9 +9,10 @@ from selfimprove_jax.data.tokenizer import SpecialTokens, TokenizerConfig
 from selfimprove_jax.models.llama import LlamaConfig
 from selfimprove_jax.pipelines.common import benchmarks, planning
 from selfimprove_jax.pipelines.common.benchmarks import BenchmarksConfig
+from selfimprove_jax.pipelines.common.export import ExportConfig
 from selfimprove_jax.pipelines.common.models import EvaluationConfig
 from selfimprove_jax.pipelines.common.text import CorpusConfig
-from selfimprove_jax.pipelines.continued_pretraining.stages import ExportConfig, TuningConfig
+from selfimprove_jax.pipelines.continued_pretraining.stages import TuningConfig
 from selfimprove_jax.runs.runner import RuntimeConfig
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.runtime.partitioning import MeshConfig
@@ -105,7 +106,8 @@ class Config:
     planning.check_model(self.model, dropout_knob="tuning.dropout_rate")
     self.benchmarks.check_length(self.seq_len)
     for name, corpus in self.corpora.items():
-      planning.check_validates(f"{name}.split", corpus.split, self._trainings[name])
+      held_out = corpus.split.validation_fraction
+      planning.check_validates(f"{name}.split", held_out, self._trainings[name])
     if isinstance(self.initial, PretrainInitialConfig):
       planning.check_vocabulary("initial.tokenizer", self.initial.tokenizer, self.model)
       planning.check_has_steps(

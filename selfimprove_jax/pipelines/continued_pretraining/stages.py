@@ -8,9 +8,9 @@ from pydantic import Field
 
 from selfimprove_jax.data import mixture, rows
 from selfimprove_jax.evaluation import perplexity
-from selfimprove_jax.models.checkpoints import hf_export
 from selfimprove_jax.models.llama import Llama, LlamaConfig
 from selfimprove_jax.pipelines.common import checkpoints, models
+from selfimprove_jax.pipelines.common.export import ExportConfig, write_model
 from selfimprove_jax.pipelines.common.text import open_tokenizer
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section, to_json
@@ -118,13 +118,6 @@ def _load_initial(
 
 
 @section
-class ExportConfig:
-  """Configures the export of the tuned model; `dtype` is that of the exported weights."""
-
-  dtype: Literal["float32", "bfloat16", "float16"]
-
-
-@section
 class ExportStageConfig(ExportConfig):
   """Configures `export`; `seq_len` becomes the context length if no checkpoint has one."""
 
@@ -135,24 +128,17 @@ class ExportStageConfig(ExportConfig):
 
 def export(context: Context, config: ExportStageConfig) -> dict[str, Any]:
   """Writes the tuned model and its tokenizer as the Hugging Face folder `model`."""
-  model, params = models.load_model(context.inputs["tuned"], config.mesh.make())
   artifact = context.inputs["tokenizer"]
-  tokenizer = open_tokenizer(artifact)
   if config.kind == "checkpoint":
     files = artifact.path("original")
     max_positions = context.inputs["initial"].summary["max_positions"]
   else:
     files, max_positions = artifact.path("tokenizer"), config.seq_len
-  if not context.writer.has("model"):
-    with context.writer.shard("model") as (folder, counts):
-      hf_export.save_pretrained(
-        folder,
-        params,
-        model.c,
-        tokenizer=files,
-        generation={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
-        max_positions=max_positions,
-        dtype=config.dtype,
-      )
-      counts["records"] = 1
-  return {"num_parameters": model.c.num_parameters, "dtype": config.dtype}
+  return write_model(
+    context,
+    config,
+    mesh=config.mesh.make(),
+    files=files,
+    eos_token_id=open_tokenizer(artifact).eos_id,
+    max_positions=max_positions,
+  )
