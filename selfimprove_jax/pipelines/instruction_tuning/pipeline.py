@@ -8,10 +8,11 @@ learns to think before it answers (arXiv 2501.19393, section 2). The loss is on 
 wrote. Some conversations are held out and scored before and after.
 """
 
+import selfimprove_jax.pipelines.instruction_tuning.conversations as conversations
+
 # The module: after the package's import, its attribute `stages` is the function below.
 import selfimprove_jax.pipelines.instruction_tuning.stages as tuning
 from selfimprove_jax.pipelines.common import initial, planning
-from selfimprove_jax.pipelines.instruction_tuning import conversations
 from selfimprove_jax.pipelines.instruction_tuning.config import Config
 from selfimprove_jax.runs.stage import Stage
 
