@@ -105,6 +105,8 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     rope_theta=10_000.0,
     max_position_embeddings=256,
     tie_word_embeddings=True,
+    bos_token_id=0,
+    eos_token_id=1,
   )
   transformers.LlamaForCausalLM(config).save_pretrained(folder)
   return folder
@@ -211,6 +213,16 @@ def test_the_exported_model_answers_by_its_chat_template(finished, one_device_me
   assert read_tokenizer(
     artifacts.open_artifact(finished.folder / "tokenizer").path("tokenizer"), begins_with_bos=False
   ).chat_template
+
+
+def test_a_trained_stage_can_be_trained_on_with_its_template(values, finished, tmp_path):
+  c = json.loads(json.dumps(values))
+  c["initial"] = {"path": str(finished.folder / "tuned"), "chat_template": None}
+  _run(c, tmp_path, _TO_ROWS)
+  assert artifacts.open_artifact(tmp_path / "initial").summary["max_positions"] == 256
+  one, other = (artifacts.open_artifact(f / "tokenizer") for f in (tmp_path, finished.folder))
+  assert one.summary["stop_ids"] == other.summary["stop_ids"]
+  assert _segments(tmp_path / "rows") == _segments(finished.folder / "rows")
 
 
 def _ids(folder: pathlib.Path, *tokens: str) -> list[int]:
