@@ -61,7 +61,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
   "s1": dict(
     title="Instruction tuning of Qwen2.5-32B-Instruct on s1's traces",
     seq_len=32_768,
-    mesh=dict(data=1, fsdp=2, tensor=-1),
+    mesh=dict(data=1, fsdp=1, tensor=-1),  # on 16 devices fsdp=2: it has 8 kv heads
     initial=dict(
       path="Qwen2.5-32B-Instruct",
       special_tokens=dict(
