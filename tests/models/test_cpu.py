@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selfimprove_jax.models import cpu, llama
+from selfimprove_jax.models import cpu, devices, llama
 from selfimprove_jax.runtime import partitioning
 
 

@@ -27,7 +27,9 @@ _PODS = {
   "cpt_quick:quick": ("v5p:2x2x1", 4),
   "sbp_3b:1t": ("v5p:2x2x2", 8),
   "sbp_6b:1t": ("v5p:2x4x4", 32),
+  "entigraph_quick:quick": ("v5p:2x2x1", 4),
   "entigraph_quality:paper": ("v5p:2x2x4", 16),
+  "sft:chat": ("v5p:2x2x4", 128),  # 8 micro-batches
 }
 
 
@@ -94,7 +96,7 @@ def test_a_program_that_a_config_lacks_is_refused(smoke):
   page = runpy.run_path(str(REPO / "configs" / "cpt_quick.py"))["get_config"]("smoke").to_dict()
   tuning = compile_for.load(page)
   assert compile_for.programs_of(tuning) == ("train",)
-  with pytest.raises(ValueError, match="no `synthesis` section"):
+  with pytest.raises(ValueError, match="no `synthesis.mesh`"):
     compile_for.lower(tuning, "decode", jax.devices())
 
 
