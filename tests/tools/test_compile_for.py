@@ -96,7 +96,7 @@ def test_a_program_that_a_config_lacks_is_refused(smoke):
   page = runpy.run_path(str(REPO / "configs" / "cpt_quick.py"))["get_config"]("smoke").to_dict()
   tuning = compile_for.load(page)
   assert compile_for.programs_of(tuning) == ("train",)
-  with pytest.raises(ValueError, match="no `synthesis.mesh`"):
+  with pytest.raises(ValueError, match=r"no `synthesis\.mesh`"):
     compile_for.lower(tuning, "decode", jax.devices())
 
 

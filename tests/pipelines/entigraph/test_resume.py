@@ -20,7 +20,9 @@ def test_a_killed_synthesis_continues_at_the_call(values, data_files, tmp_path, 
   told = json.loads(process.stdout)
   kinds = {point.split(":")[0] for point in told["points"]}
   assert kinds == {"before", "within", "after"}
-  assert {"before:relations/00000.jsonl", "after:relations/00000.jsonl"} <= set(told["points"])
+  assert {"before:relations/00000-of-00002.jsonl", "after:relations/00000-of-00002.jsonl"} <= set(
+    told["points"]
+  )
   assert len(told["points"]) > 20
   assert told["repeated"] == []
   expected, found = data_files(whole), data_files(killed)
