@@ -19,7 +19,7 @@ from selfimprove_jax.data.sources import SourceDocument
 from selfimprove_jax.data.split import SplitConfig
 from selfimprove_jax.pipelines.common import text
 from selfimprove_jax.pipelines.entigraph.sources import read_documents
-from selfimprove_jax.retrieval.embedding import TextEmbeddingConfig, text_embedder
+from selfimprove_jax.retrieval.embedding import TextEmbeddingConfig, TfidfSvdConfig, text_embedder
 from selfimprove_jax.runs.stage import Context
 from selfimprove_jax.runtime.config import section
 from selfimprove_jax.synthesis.diversity import measure
@@ -163,7 +163,7 @@ def diversity(context: Context, config: DiversityStageConfig) -> dict[str, Any]:
 
   Returns:
     `num_words`, and by corpus the measures of `synthesis.diversity.measure`; none if a corpus has
-    too few words.
+    too few words, and no distances if there are too few texts for the embedding.
   """
   documents = {d.id: d.text for d in read_documents(context.inputs["sources"])}
   texts = {
@@ -178,7 +178,10 @@ def diversity(context: Context, config: DiversityStageConfig) -> dict[str, Any]:
   if num_words < _LEAST_WORDS:
     return {"num_words": num_words, "corpora": {}}
   everything = [written for found in texts.values() for _, written in found]
-  embed = text_embedder(config.embedding, everything, seed=config.seed)
+  embed = None
+  # An SVD has fewer directions than there are texts.
+  if not isinstance(config.embedding, TfidfSvdConfig) or config.embedding.dim < len(everything):
+    embed = text_embedder(config.embedding, everything, seed=config.seed)
   options = {"num_words": num_words, "seed": config.seed, "embed": embed}
   measured = {name: measure(found, documents, **options) for name, found in texts.items()}
   return {

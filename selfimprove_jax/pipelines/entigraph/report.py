@@ -403,7 +403,7 @@ def _corpus_blocks(config: Config, data: Mapping[str, Any]) -> blocks.Blocks:
           found["distinct_4grams"], found["distinct_4grams_stderr"], form="fixed", digits=0
         ),
         "compression": blocks.Number(found["compression_ratio"], digits=2),
-        "embedding distance": blocks.Number(found["embedding_distance"], digits=3),
+        "embedding distance": blocks.Number(found.get("embedding_distance"), digits=3),
       }
       for name, found in measured.items()
     ]

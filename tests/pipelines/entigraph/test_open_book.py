@@ -7,6 +7,7 @@ import pytest
 
 from selfimprove_jax.evaluation import qa
 from selfimprove_jax.pipelines import entigraph
+from selfimprove_jax.pipelines.entigraph import corpora
 from selfimprove_jax.pipelines.entigraph.sources import read_documents
 from selfimprove_jax.report import blocks, to_terminal
 from selfimprove_jax.retrieval import rag
@@ -121,3 +122,17 @@ def test_the_report_has_four_cells_and_a_curve(finished, values):
   key = "short_answers/contains"
   assert curve.y == pytest.approx([evals[name][key]["value"] for name in ("half", "entigraph")])
   to_terminal(made)
+
+
+def test_too_few_texts_for_the_embedding_leave_out_its_distances(
+  changed, run, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(corpora, "_LEAST_WORDS", 10)
+  page = changed(open_book__rag__embedding={"method": "tfidf_svd", "dim": 500})
+  steps = ["sources", "generator", "entities", "relations", "rephrasings"]
+  steps += [f"corpora/{name}/documents" for name in ("entigraph", "rephrase")]
+  run(page, tmp_path, only=[*steps, "diversity"])
+  found = artifacts.open_artifact(tmp_path / "diversity").summary["corpora"]
+  assert found.keys() == {"entigraph", "rephrase"}
+  assert "distinct_4grams" in found["entigraph"]
+  assert "embedding_distance" not in found["entigraph"]
