@@ -8,7 +8,7 @@ The document is one of experiments/entigraph_niche/data: no model can know it. A
 model wrote EntiGraph's texts about it, which are replayed. Two arms read equally many tokens: the
 document again and again, and the texts about it. Then 24 questions are asked without the document.
 
-quick: under 15 minutes on 2 CPU cores.  smoke: the same job in two minutes, with fewer texts and a
+quick: about 12 minutes on 2 CPU cores.  smoke: the same job in two minutes, with fewer texts and a
 few optimizer steps, too small to mean anything.  niche: all six documents and five arms, about an
 hour.  replay: EntiGraph with 0, 1, 10 and 25% of replay, for what is forgotten; with nine more
 benchmarks, by `--config.benchmarks.tasks` and `.data_dir`.
