@@ -294,12 +294,9 @@ def score(
       jax.lax.dynamic_slice_in_dim, start_index=block * m, slice_size=m, axis=1
     )
     hidden_BmD = jnp.take_along_axis(hidden_BTD, cut(at_BM)[:, :, None], axis=1)
+    exact = devices.precision(hidden_BmD, head_VD)
     logits_BmV = jnp.einsum(
-      "BmD,VD->BmV",
-      hidden_BmD,
-      head_VD,
-      precision=devices.precision(hidden_BmD, head_VD),
-      preferred_element_type=jnp.float32,
+      "BmD,VD->BmV", hidden_BmD, head_VD, precision=exact, preferred_element_type=jnp.float32
     )
     target_BmA = cut(targets_BMA)
     likeliest_Bm = sampler.argmax(logits_BmV.reshape(B * m, -1)).reshape(B, m)
