@@ -17,7 +17,8 @@ def precision(*operands: Any) -> jax.lax.Precision | None:
   """Returns the precision of a product of arrays: float32 operands are multiplied as float32.
 
   By default XLA rounds float32 operands to 10 bits (TF32) on NVIDIA GPUs and to 7 (bfloat16) on
-  TPUs; on an H200, TF32 moved log-likelihoods under a random model of 30 layers by up to 4 nats.
+  TPUs; with that default on an H200, log-likelihoods under a random model of 30 layers were up to
+  4 nats from PyTorch's (benchmarks/gpu.md).
   Where `jax_default_matmul_precision` is set, that holds. CPUs multiply float32 as it is.
   """
   if jax.config.jax_default_matmul_precision is not None or platform() == "cpu":

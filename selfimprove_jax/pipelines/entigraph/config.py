@@ -115,37 +115,34 @@ class Config:
       planning.check_has_steps(
         f"arms.{name}.target_tokens", arm.target_tokens, self.training, self.seq_len
       )
-    unwritten = self._unwritten()
-    for name, corpus in sorted(unwritten.items()):
-      raise ValueError(
-        f"arms.{name} trains on {corpus!r}, which the synthesis does not write: raise "
-        f"synthesis.{unwritten_knob(corpus)} above 0"
-      )
+      self._check_is_written(name, arm)
 
-  def _unwritten(self) -> dict[str, str]:
-    """Returns the arms that name a corpus without texts, with the first such corpus."""
+  def _check_is_written(self, name: str, arm: ArmConfig) -> None:
+    """Raises ValueError if the synthesis writes no texts for a corpus that an arm reads."""
     c = self.synthesis
-    made = {
-      "rephrase": c.rephrase_samples and set(c.rephrase_styles) - {"qa"},
-      "qa": c.rephrase_samples and "qa" in c.rephrase_styles,
-      "spa": c.spa_samples,
-      "active_reading": c.active_reading_samples,
-      "focal": c.focal_samples,
+    needed = {
+      "rephrase": (
+        c.rephrase_samples and set(c.rephrase_styles) - {"qa"},
+        "rephrase_samples above 0, with a style other than 'qa' in synthesis.rephrase_styles",
+      ),
+      "qa": (
+        c.rephrase_samples and "qa" in c.rephrase_styles,
+        "rephrase_samples above 0, with 'qa' in synthesis.rephrase_styles",
+      ),
+      "spa": (c.spa_samples, "spa_samples above 0"),
+      "active_reading": (c.active_reading_samples, "active_reading_samples above 0"),
+      "focal": (c.focal_samples, "focal_samples above 0"),
     }
-    missing = {}
-    for name, arm in self.arms.items():
-      named = [*arm.corpora, *([arm.early_stopping] if arm.early_stopping else [])]
-      lacking = [corpus for corpus in named if not made.get(corpus, True)]
-      if lacking:
-        missing[name] = lacking[0]
-    return missing
+    for corpus in (*arm.corpora, arm.early_stopping):
+      is_written, knob = needed.get(corpus, (True, ""))
+      verb = "trains on" if corpus in arm.corpora else "is validated on"
+      if not is_written:
+        raise ValueError(
+          f"arms.{name} {verb} {corpus!r}, which the synthesis does not write: raise "
+          f"synthesis.{knob}"
+        )
 
   @property
   def checked_against(self) -> DecontaminationConfig | None:
     """The benchmarks that training text is checked against; None for none."""
     return benchmarks.decontamination(self.decontamination, self.benchmarks)
-
-
-def unwritten_knob(corpus: str) -> str:
-  """Returns the knob of the synthesis that makes a corpus."""
-  return "rephrase_samples" if corpus in ("rephrase", "qa") else f"{corpus}_samples"
