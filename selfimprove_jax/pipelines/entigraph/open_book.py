@@ -59,6 +59,9 @@ class PassagesStageConfig(OpenBookConfig):
 def passages(context: Context, config: PassagesStageConfig) -> dict[str, Any]:
   """Finds passages for the test questions among those of all documents.
 
+  A question's choices are part of its query, as in the paper, in every format. The right answer is
+  one of them, so passages for short answers are easier to find than by the question alone.
+
   Returns:
     The number of `chunks` and of `questions`; `recall_at_k`: k -> share of the questions with a
     passage of their document among the first k; and `answered_at_k`: k -> share of the questions
